@@ -1,0 +1,1 @@
+"""Circuits: collect a run, write it as a linear map, attribute, prune."""
