@@ -1,0 +1,162 @@
+"""``attribute``: from a model, a transcoder set and a prompt to an attribution graph.
+
+The steps are one module each: ``collect`` runs the model once, ``freeze`` writes it down as a
+linear map, ``active`` finds features and errors, ``candidates`` numbers the nodes, ``expand``
+sweeps for their edges, ``assemble`` makes the graph.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from nnsight_transcoders._version import __version__
+from nnsight_transcoders.errors import InputError, SiteError
+from nnsight_transcoders.sets import TranscoderSet
+from nnsight_transcoders.sites import Sites, resolve_sites
+
+from .active import active_features
+from .assemble import assemble
+from .autograd import AutogradEngine
+from .candidates import Candidates, Engine
+from .collect import Run, collect, hf_module, token_ids_of
+from .edges import MEMORY_BUDGET
+from .engine import OperatorEngine
+from .expand import expand
+from .graph import AttributionGraph
+from .targets import Target, choose_targets
+
+logger = logging.getLogger(__name__)
+
+Method = Literal["auto", "operator", "autograd"]
+
+
+def attribute(
+    model: Any,
+    transcoders: TranscoderSet,
+    prompt: str | Sequence[int] | Tensor,
+    *,
+    targets: Sequence[Target] | None = None,
+    position: int = -1,
+    max_n_logits: int = 10,
+    desired_logit_prob: float = 0.95,
+    max_feature_nodes: int = 7500,
+    method: Method = "auto",
+    sites: Sites | None = None,
+    memory: int = MEMORY_BUDGET,
+    verbose: bool = False,
+) -> AttributionGraph:
+    """The attribution graph of one prompt (Ameisen et al. 2025, "Circuit Tracing").
+
+    Nodes are the active features, one error node per layer and position, the tokens, and the
+    targets; an edge is the direct effect of its source on its target with attention patterns,
+    normalisation denominators and MLP outputs frozen (docs/concepts.md).
+
+    Args:
+        model: An nnsight model (``TransformersModel``, ``LanguageModel`` or ``NNsight``).
+        transcoders: A set that fits it; layers without a transcoder become error nodes.
+        prompt: Text, or token ids ``(T,)``.
+        targets: What to explain: tokens as text or ids, or ``(name, direction)`` pairs with a
+            direction ``(d_model,)`` in the space of the unembedding's rows. Default: the fewest
+            most likely next tokens that reach ``desired_logit_prob``, at most ``max_n_logits``.
+        position: Where the targets stand.
+        max_n_logits: See ``targets``.
+        desired_logit_prob: See ``targets``.
+        max_feature_nodes: At most so many features become nodes, the most influential ones; what
+            the others contribute is each node's ``omitted``.
+        method: ``"operator"`` writes the frozen model down; ``"autograd"`` differentiates it;
+            ``"auto"`` takes the first and falls back to the second where the model's attention
+            cannot be written down. The graph's metadata says which was used.
+        sites: The model's sites, where they have to be given by hand.
+        memory: Bytes for a batch of targets (default 512 MiB).
+        verbose: Show progress bars.
+
+    Returns:
+        The graph; its ``completeness_error`` says how exactly every node's inputs add up.
+        Attributions are float32 whatever the model's dtype (float64 for a float64 model).
+
+    Raises:
+        MismatchError: The set does not fit the model.
+        InputError: A prompt, target or limit that cannot be used.
+        SiteError: The model's parts were not found or do not fit together.
+    """
+    if max_feature_nodes < 1:
+        raise InputError(f"max_feature_nodes must be at least 1, got {max_feature_nodes}")
+    if method not in ("auto", "operator", "autograd"):
+        raise InputError(f"unknown method {method!r}: use 'auto', 'operator' or 'autograd'")
+    module = hf_module(model)
+    sites = sites or resolve_sites(module)
+    transcoders.check_model(sites.d_model, sites.n_layers, type(module).__name__)
+    token_ids = token_ids_of(model, prompt, sites)
+    if not -len(token_ids) <= position < len(token_ids):
+        raise InputError(f"position {position} is outside the prompt of {len(token_ids)} tokens")
+    position %= len(token_ids)
+    run = collect(model, sites, token_ids, [position])
+    engine, used = _engine(model, module, sites, run, transcoders, method)
+    chosen = choose_targets(
+        model, module, sites, run, engine.final[position], targets, max_n_logits, desired_logit_prob
+    )
+    active = active_features(run, transcoders, engine.inputs, engine.dtype, verbose=verbose)
+    candidates = Candidates.build(run, active, chosen, position, engine)
+    rows, expanded = expand(candidates, engine, max_feature_nodes, memory, verbose=verbose)
+    metadata = {
+        **_provenance(module, sites, transcoders),
+        "method": used,
+        "attribution_dtype": _name(engine.dtype),
+        "n_active_features": candidates.n_features,
+        "settings": {
+            "max_n_logits": max_n_logits,
+            "desired_logit_prob": desired_logit_prob,
+            "max_feature_nodes": max_feature_nodes,
+            "position": position,
+        },
+    }
+    return assemble(candidates, rows, expanded, _token_texts(model, token_ids), metadata)
+
+
+def _engine(
+    model: Any,
+    module: nn.Module,
+    sites: Sites,
+    run: Run,
+    transcoders: TranscoderSet,
+    method: Method,
+) -> tuple[Engine, str]:
+    if method != "autograd":
+        try:
+            return OperatorEngine(module, sites, run, transcoders), "operator"
+        except SiteError as error:
+            if method == "operator":
+                raise
+            logger.warning("falling back to autograd: %s", error)
+    return AutogradEngine(model, module, sites, run, transcoders), "autograd"
+
+
+def _provenance(module: nn.Module, sites: Sites, transcoders: TranscoderSet) -> dict[str, Any]:
+    config = getattr(module, "config", None)
+    return {
+        "n_layers": sites.n_layers,
+        "model": str(getattr(config, "_name_or_path", "") or type(module).__name__),
+        "architecture": type(module).__name__,
+        "model_dtype": _name(next(module.parameters()).dtype),
+        "transcoders": transcoders.provenance,
+        "transcoder_kind": "cross-layer" if transcoders.cross_layer else "per-layer",
+        "transcoder_layers": list(transcoders.layers),
+        "versions": {"nnsight-transcoders": __version__}
+        | {name: version(name) for name in ("nnsight", "torch", "transformers")},
+    }
+
+
+def _name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _token_texts(model: Any, token_ids: Tensor) -> tuple[str, ...]:
+    tokenizer = getattr(model, "tokenizer", None)
+    if tokenizer is None:
+        return tuple(f"<{i}>" for i in token_ids.tolist())
+    return tuple(tokenizer.decode([i]) for i in token_ids.tolist())

@@ -1,0 +1,316 @@
+"""From a run and the model's weights to the frozen linear model, each part checked by numbers.
+
+What ``sites.py`` concluded from names and shapes is confirmed here on the run's own values: each
+norm must reproduce itself, attention's pattern, values and output must give what attention gave,
+and the residual stream must be the sum of its parts. What does not agree raises a ``SiteError``
+that names the part, so that a wrong reading of an architecture can never pass as a strange circuit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from nnsight_transcoders.errors import SiteError
+from nnsight_transcoders.sets import TranscoderSet
+from nnsight_transcoders.sites import LayerSites, Sites, ValueLayout
+
+from .collect import Run
+from .linear import FrozenAttention, FrozenLayer, FrozenModel, FrozenNorm
+
+# Largest relative difference that rounding explains, by the model's dtype.
+_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
+
+
+def attribution_dtype(model_dtype: torch.dtype) -> torch.dtype:
+    """Attributions are computed in float32, in float64 for a float64 model."""
+    return torch.float64 if model_dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True)
+class MlpSide:
+    """How a layer's transcoder hangs on the residual stream.
+
+    Attributes:
+        site: Its input site; ``"R"`` where there is no transcoder.
+        read: The norm between the residual stream and the input site, if any.
+        write: The norm between the output site and the residual stream, if any.
+        skip: ``W_skip (D, D)`` or None.
+    """
+
+    site: str
+    read: FrozenNorm | None
+    write: FrozenNorm | None
+    skip: Tensor | None
+
+
+def freeze_norms(module: nn.Module, sites: Sites, run: Run) -> dict[str, FrozenNorm]:
+    """Every norm on the residual path at the run's denominators, by module path.
+
+    Raises:
+        SiteError: One of them is neither a LayerNorm nor an RMSNorm.
+    """
+    norms: dict[str, FrozenNorm] = {}
+    for number, layer in enumerate(sites.layers):
+        for path, x in (
+            (layer.attention_norm, run.resid[number]),
+            (layer.attention_post_norm, run.attended[number]),
+            (layer.mlp_norm, run.mid[number]),
+            (layer.mlp_post_norm, run.mlp_out[number]),
+        ):
+            if path is not None and path not in norms:
+                norms[path] = freeze_norm(module, path, x)
+    norms[sites.final_norm] = freeze_norm(module, sites.final_norm, run.final)
+    return norms
+
+
+def mlp_sides(
+    sites: Sites, run: Run, norms: Mapping[str, FrozenNorm], transcoders: TranscoderSet
+) -> list[MlpSide]:
+    """Per layer, how its transcoder reads and writes.
+
+    Raises:
+        SiteError: A transcoder reads site N0 where the block has no norm before its MLP.
+    """
+    dtype = attribution_dtype(run.final.dtype)
+    sides = []
+    for number, layer in enumerate(sites.layers):
+        if number not in transcoders:
+            sides.append(MlpSide("R", None, None, None))
+            continue
+        config = transcoders.config(number)
+        read = norms[layer.mlp_norm] if layer.mlp_norm and config.input_site != "R" else None
+        if config.input_site == "N0":
+            if read is None:
+                raise SiteError(
+                    f"layer {number}'s transcoder reads site N0, but {layer.block} has no norm "
+                    "before its MLP"
+                )
+            read = replace(read, gain=torch.ones_like(read.gain), bias=None)
+        post = layer.mlp_post_norm if config.output_site == "O" else None
+        skip = transcoders.load(number).W_skip if config.skip else None
+        sides.append(
+            MlpSide(
+                config.input_site,
+                read,
+                norms[post] if post else None,
+                None if skip is None else skip.detach().to(run.final.device, dtype),
+            )
+        )
+    return sides
+
+
+def input_values(run: Run, sides: Sequence[MlpSide]) -> list[Tensor]:
+    """Per layer, the value at the transcoder's input site ``(T, D)``; N0 has no module of its own,
+    so it is computed from the frozen norm."""
+    dtype = attribution_dtype(run.final.dtype)
+    values = []
+    for number, side in enumerate(sides):
+        if side.site == "N0":
+            assert side.read is not None
+            values.append(side.read.forward(run.mid[number].to(dtype)[:, None])[:, 0])
+        else:
+            values.append((run.mid if side.site == "R" else run.mlp_in)[number].to(dtype))
+    return values
+
+
+def freeze(
+    module: nn.Module,
+    sites: Sites,
+    run: Run,
+    norms: Mapping[str, FrozenNorm],
+    sides: Sequence[MlpSide],
+) -> FrozenModel:
+    """The frozen linear model of a run.
+
+    Args:
+        module: The Hugging Face module the run came from.
+        sites: Its sites.
+        run: What ``collect`` kept.
+        norms: From ``freeze_norms``.
+        sides: From ``mlp_sides``.
+
+    Raises:
+        SiteError: A part does not reproduce the run.
+    """
+    layers = []
+    for number, (layer, side) in enumerate(zip(sites.layers, sides, strict=True)):
+        norm = norms[layer.attention_norm] if layer.attention_norm else None
+        layers.append(
+            FrozenLayer(
+                attention=_attention(module, sites, layer, number, run, norm),
+                attention_norm=norm,
+                attention_post_norm=(
+                    norms[layer.attention_post_norm] if layer.attention_post_norm else None
+                ),
+                read=side.read,
+                write=side.write,
+                skip=side.skip,
+            )
+        )
+    frozen = FrozenModel(tuple(layers), norms[sites.final_norm], sites.parallel)
+    _check_residual(frozen, sites, run)
+    return frozen
+
+
+def freeze_norm(module: nn.Module, path: str, x: Tensor) -> FrozenNorm:
+    """A norm at the denominators of its input ``x (T, D)``.
+
+    Which kind it is, and whether its gain is ``w`` or ``1 + w``, is decided by what it computes.
+
+    Raises:
+        SiteError: It is neither a LayerNorm nor an RMSNorm with a gain and perhaps a bias.
+    """
+    dtype, limit = attribution_dtype(x.dtype), _TOLERANCE[x.dtype]
+    norm = module.get_submodule(path)
+    with torch.no_grad():
+        out = norm(x).to(dtype)
+    x = x.to(dtype)
+    eps = float(getattr(norm, "eps", getattr(norm, "variance_epsilon", 0.0)))
+    weight = getattr(norm, "weight", None)
+    bias = getattr(norm, "bias", None)
+    weight = torch.ones_like(x[0]) if weight is None else weight.detach().to(dtype)
+    bias = None if bias is None else bias.detach().to(dtype)
+    best, error = None, torch.inf
+    for centred in (False, True):
+        spread = x - x.mean(-1, keepdim=True) if centred else x
+        scale = torch.rsqrt(spread.pow(2).mean(-1) + eps).view(-1, 1, 1)
+        for gain in (weight, 1 + weight):
+            candidate = FrozenNorm(gain, bias, scale, centred)
+            distance = _relative(candidate.forward(x[:, None])[:, 0], out)
+            if distance < error:
+                best, error = candidate, distance
+    if best is None or error > limit:
+        raise SiteError(
+            f"{path} ({type(norm).__name__}) is neither a LayerNorm nor an RMSNorm: the nearest "
+            f"such norm differs by {error:.1e} (relative)"
+        )
+    return best
+
+
+def linear_weight(
+    linear: nn.Module, width: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """A linear module's weight ``(out, in)`` and bias, whatever its class.
+
+    ``nn.Linear`` and transformers' ``Conv1D`` are read; anything else (quantised layers) is asked
+    for its values on a basis.
+    """
+    weight, bias = getattr(linear, "weight", None), getattr(linear, "bias", None)
+    if isinstance(weight, Tensor) and weight.dim() == 2 and weight.is_floating_point():
+        weight = weight.detach().to(dtype)
+        if type(linear).__name__ == "Conv1D":
+            weight = weight.T
+        return weight, None if bias is None else bias.detach().to(dtype)
+    with torch.no_grad():
+        device = next(linear.parameters()).device
+        zero = linear(torch.zeros(1, width, device=device)).to(dtype)[0]
+        basis = linear(torch.eye(width, device=device)).to(dtype)
+    return (basis - zero).T.contiguous(), zero
+
+
+def split_value(
+    weight: Tensor, bias: Tensor | None, sites: Sites, layout: ValueLayout
+) -> tuple[Tensor, Tensor | None]:
+    """The value rows of a possibly fused projection: ``(K * E, D)`` and ``(K * E,)``."""
+    if layout == "separate":
+        return weight, bias
+
+    def rows(tensor: Tensor) -> Tensor:
+        if layout == "concatenated":
+            return tensor[-sites.n_value_heads * sites.head_dim :]
+        blocks = tensor.unflatten(0, (sites.n_value_heads, -1, sites.head_dim))
+        return blocks[:, -1].flatten(0, 1)
+
+    return rows(weight), None if bias is None else rows(bias)
+
+
+def _attention(
+    module: nn.Module,
+    sites: Sites,
+    layer: LayerSites,
+    number: int,
+    run: Run,
+    norm: FrozenNorm | None,
+) -> FrozenAttention:
+    dtype, limit = attribution_dtype(run.final.dtype), _TOLERANCE[run.final.dtype]
+    value = linear_weight(module.get_submodule(layer.value), sites.d_model, dtype)
+    out = linear_weight(module.get_submodule(layer.out_proj), sites.n_heads * sites.head_dim, dtype)
+    x = run.resid[number].to(dtype)[:, None]
+    x = x if norm is None else norm.forward(x)
+    pattern = run.pattern[number].to(dtype)
+    layouts = [layer.value_layout]
+    if layer.value_layout != "separate":  # the other way of fusing has the same shapes
+        layouts.append("grouped" if layer.value_layout == "concatenated" else "concatenated")
+    differences = []
+    for layout in layouts:
+        W_V, b_V = split_value(*value, sites, layout)
+        attention = FrozenAttention(pattern, W_V, b_V, *out)
+        difference = _relative(attention.forward(x)[:, 0], run.attended[number].to(dtype))
+        if difference <= limit:
+            return attention
+        differences.append(difference)
+    raise SiteError(
+        f"{layer.attention} ({type(module.get_submodule(layer.attention)).__name__}) cannot be "
+        f"written as pattern x values x output: its output differs by {min(differences):.1e} "
+        "(relative). Pass value=, value_layout= or out_proj= to resolve_sites, or use "
+        "method='autograd'"
+    )
+
+
+def _check_residual(frozen: FrozenModel, sites: Sites, run: Run) -> None:
+    """The residual stream must be the sum of the parts that ``sites`` says it is the sum of."""
+    dtype, limit = attribution_dtype(run.final.dtype), _TOLERANCE[run.final.dtype]
+    if run.position_embedding is not None:
+        start = run.embedding.to(dtype) + run.position_embedding.to(dtype)
+        _require(start, run.resid[0], limit, f"the input of {sites.layers[0].block}", "embeddings")
+    for number, (here, after) in enumerate(pairwise([*run.resid, run.final])):
+        layer, block = frozen.layers[number], sites.layers[number].block
+        attended = run.attended[number].to(dtype)[:, None]
+        if layer.attention_post_norm is not None:
+            attended = layer.attention_post_norm.forward(attended)
+        mid = here.to(dtype) + attended[:, 0]
+        if not sites.parallel:
+            _require(
+                mid,
+                run.mid[number],
+                limit,
+                f"the MLP's residual input in {block}",
+                "block input + attention",
+            )
+        total = mid + run.mlp_post[number].to(dtype)
+        _require(total, after, limit, f"the output of {block}", "block input + attention + MLP")
+
+
+def _require(found: Tensor, expected: Tensor, limit: float, what: str, parts: str) -> None:
+    difference = _relative(found, expected.to(found.dtype))
+    if difference > limit:
+        raise SiteError(
+            f"{what} is not {parts} (relative difference {difference:.1e}). The sites do not fit "
+            "this architecture: pass parallel= or the norms' paths to resolve_sites"
+        )
+
+
+def _relative(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm().clamp_min(1e-30))
+
+
+def logit_directions(
+    module: nn.Module, sites: Sites, tokens: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Demeaned logit directions ``W_U[v] - mean_v W_U`` of some tokens, and their biases.
+
+    Returns:
+        ``(n, D)`` directions after the final norm, and ``(n,)`` the unembedding's biases minus
+        their mean (zero where it has none).
+    """
+    unembed = module.get_submodule(sites.unembed)
+    weight, bias = linear_weight(unembed, sites.d_model, dtype)
+    rows = weight[tokens] - weight.mean(0)
+    if bias is None:
+        return rows, torch.zeros(len(tokens), dtype=dtype, device=rows.device)
+    return rows, bias[tokens] - bias.mean()
