@@ -159,16 +159,20 @@ class TranscoderSet:
         return cls(source, device=device, dtype=dtype)
 
     def save_pretrained(
-        self, folder: str | Path, *, metrics: Mapping[str, Any] | None = None
+        self,
+        folder: str | Path,
+        *,
+        metrics: Mapping[Any, Any] | None = None,
+        license: str | None = None,
     ) -> Path:
         """Write the set in this package's own format, with a model card (see ``hub/native.py``)."""
         from .hub.native import save_set
 
-        return save_set(self, folder, metrics=metrics)
+        return save_set(self, folder, metrics=metrics, license=license)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Write and upload the set (see ``hub/native.py``); returns the commit's address."""
-        from .hub.native import push_set
+        """Write and upload the set (see ``hub/publish.py``); returns the commit's address."""
+        from .hub.publish import push_set
 
         return push_set(self, repo_id, **options)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from nnsight_transcoders._version import __version__
 from nnsight_transcoders.errors import InputError, SiteError
+from nnsight_transcoders.models import hf_module
 from nnsight_transcoders.sets import TranscoderSet
 from nnsight_transcoders.sites import Sites, resolve_sites
 
@@ -23,7 +24,7 @@ from .active import active_features
 from .assemble import assemble
 from .autograd import AutogradEngine
 from .candidates import Candidates, Engine
-from .collect import Run, collect, hf_module, token_ids_of
+from .collect import Run, collect, token_ids_of
 from .edges import MEMORY_BUDGET
 from .engine import OperatorEngine
 from .expand import expand

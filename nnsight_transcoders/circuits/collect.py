@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from nnsight_transcoders.errors import InputError, SiteError
+from nnsight_transcoders.models import hf_module
 from nnsight_transcoders.sites import Sites
 
 
@@ -88,29 +89,6 @@ def token_ids_of(model: Any, prompt: str | Sequence[int] | Tensor, sites: Sites)
         bad = int(ids.max()) if int(ids.max()) >= sites.vocab_size else int(ids.min())
         raise InputError(f"token id {bad} is outside the vocabulary (0 to {sites.vocab_size - 1})")
     return ids
-
-
-def hf_module(model: Any) -> nn.Module:
-    """The Hugging Face module inside an nnsight model, loaded and in evaluation mode.
-
-    Raises:
-        InputError: Not an nnsight model, or one in training mode (dropout would be on).
-    """
-    module = getattr(model, "_module", None)
-    if not isinstance(module, nn.Module):
-        raise InputError(
-            f"expected an nnsight model (TransformersModel, LanguageModel, NNsight), got "
-            f"{type(model).__name__}: wrap it, e.g. nnsight.NNsight(module)"
-        )
-    if any(p.is_meta for p in module.parameters()):
-        dispatch = getattr(model, "dispatch", None)
-        if dispatch is None:
-            raise InputError("the model has no weights (meta device): load it with dispatch=True")
-        dispatch()
-        module = model._module
-    if module.training:
-        raise InputError("the model is in training mode, where dropout is on: call .eval() first")
-    return module
 
 
 @contextmanager

@@ -16,14 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from nnsight_transcoders.errors import SiteError
+from nnsight_transcoders.norms import TOLERANCE, norm_spec, relative_difference
 from nnsight_transcoders.sets import TranscoderSet
 from nnsight_transcoders.sites import LayerSites, Sites, ValueLayout
 
 from .collect import Run
 from .linear import FrozenAttention, FrozenLayer, FrozenModel, FrozenNorm
-
-# Largest relative difference that rounding explains, by the model's dtype.
-_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 
 
 def attribution_dtype(model_dtype: torch.dtype) -> torch.dtype:
@@ -160,36 +158,12 @@ def freeze(
 def freeze_norm(module: nn.Module, path: str, x: Tensor) -> FrozenNorm:
     """A norm at the denominators of its input ``x (T, D)``.
 
-    Which kind it is, and whether its gain is ``w`` or ``1 + w``, is decided by what it computes.
-
     Raises:
-        SiteError: It is neither a LayerNorm nor an RMSNorm with a gain and perhaps a bias.
+        SiteError: It is neither a LayerNorm nor an RMSNorm.
     """
-    dtype, limit = attribution_dtype(x.dtype), _TOLERANCE[x.dtype]
-    norm = module.get_submodule(path)
-    with torch.no_grad():
-        out = norm(x).to(dtype)
-    x = x.to(dtype)
-    eps = float(getattr(norm, "eps", getattr(norm, "variance_epsilon", 0.0)))
-    weight = getattr(norm, "weight", None)
-    bias = getattr(norm, "bias", None)
-    weight = torch.ones_like(x[0]) if weight is None else weight.detach().to(dtype)
-    bias = None if bias is None else bias.detach().to(dtype)
-    best, error = None, torch.inf
-    for centred in (False, True):
-        spread = x - x.mean(-1, keepdim=True) if centred else x
-        scale = torch.rsqrt(spread.pow(2).mean(-1) + eps).view(-1, 1, 1)
-        for gain in (weight, 1 + weight):
-            candidate = FrozenNorm(gain, bias, scale, centred)
-            distance = _relative(candidate.forward(x[:, None])[:, 0], out)
-            if distance < error:
-                best, error = candidate, distance
-    if best is None or error > limit:
-        raise SiteError(
-            f"{path} ({type(norm).__name__}) is neither a LayerNorm nor an RMSNorm: the nearest "
-            f"such norm differs by {error:.1e} (relative)"
-        )
-    return best
+    spec = norm_spec(module.get_submodule(path), path, x)
+    scale = spec.scale(x.to(attribution_dtype(x.dtype))).view(-1, 1, 1)
+    return FrozenNorm(spec.gain, spec.bias, scale, spec.centred)
 
 
 def linear_weight(
@@ -237,7 +211,7 @@ def _attention(
     run: Run,
     norm: FrozenNorm | None,
 ) -> FrozenAttention:
-    dtype, limit = attribution_dtype(run.final.dtype), _TOLERANCE[run.final.dtype]
+    dtype, limit = attribution_dtype(run.final.dtype), TOLERANCE[run.final.dtype]
     value = linear_weight(module.get_submodule(layer.value), sites.d_model, dtype)
     out = linear_weight(module.get_submodule(layer.out_proj), sites.n_heads * sites.head_dim, dtype)
     x = run.resid[number].to(dtype)[:, None]
@@ -250,7 +224,7 @@ def _attention(
     for layout in layouts:
         W_V, b_V = split_value(*value, sites, layout)
         attention = FrozenAttention(pattern, W_V, b_V, *out)
-        difference = _relative(attention.forward(x)[:, 0], run.attended[number].to(dtype))
+        difference = relative_difference(attention.forward(x)[:, 0], run.attended[number].to(dtype))
         if difference <= limit:
             return attention
         differences.append(difference)
@@ -264,7 +238,7 @@ def _attention(
 
 def _check_residual(frozen: FrozenModel, sites: Sites, run: Run) -> None:
     """The residual stream must be the sum of the parts that ``sites`` says it is the sum of."""
-    dtype, limit = attribution_dtype(run.final.dtype), _TOLERANCE[run.final.dtype]
+    dtype, limit = attribution_dtype(run.final.dtype), TOLERANCE[run.final.dtype]
     if run.position_embedding is not None:
         start = run.embedding.to(dtype) + run.position_embedding.to(dtype)
         _require(start, run.resid[0], limit, f"the input of {sites.layers[0].block}", "embeddings")
@@ -287,16 +261,12 @@ def _check_residual(frozen: FrozenModel, sites: Sites, run: Run) -> None:
 
 
 def _require(found: Tensor, expected: Tensor, limit: float, what: str, parts: str) -> None:
-    difference = _relative(found, expected.to(found.dtype))
+    difference = relative_difference(found, expected.to(found.dtype))
     if difference > limit:
         raise SiteError(
             f"{what} is not {parts} (relative difference {difference:.1e}). The sites do not fit "
             "this architecture: pass parallel= or the norms' paths to resolve_sites"
         )
-
-
-def _relative(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).norm() / expected.norm().clamp_min(1e-30))
 
 
 def logit_directions(

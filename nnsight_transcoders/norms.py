@@ -1,0 +1,89 @@
+"""What a normalisation module computes, found by comparing it with what it could be (torch only).
+
+Hugging Face's norms differ in class, in the name of their epsilon and in whether the stored weight
+is the gain or the gain minus one (Gemma). No config says so, but their output does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .errors import SiteError
+
+#: Largest relative difference that rounding explains, by dtype.
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
+
+
+@dataclass(frozen=True)
+class NormSpec:
+    """A LayerNorm (``centred``) or RMSNorm: ``gain * P x / sqrt(mean (P x)^2 + eps) + bias``.
+
+    Attributes:
+        gain: ``(d,)`` with Gemma's ``1 + w`` already applied.
+        bias: ``(d,)`` or None.
+        eps: Added to the mean square.
+        centred: Whether ``P`` subtracts the mean; else it is the identity.
+    """
+
+    gain: Tensor
+    bias: Tensor | None
+    eps: float
+    centred: bool
+
+    def scale(self, x: Tensor) -> Tensor:
+        """The inverse denominator ``(..., 1)`` of ``x (..., d)``."""
+        if self.centred:
+            x = x - x.mean(-1, keepdim=True)
+        return torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+
+    def normalise(self, x: Tensor) -> Tensor:
+        """Site N0: ``x`` after the division, before gain and bias."""
+        scale = self.scale(x)
+        return (x - x.mean(-1, keepdim=True) if self.centred else x) * scale
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The norm itself."""
+        out = self.normalise(x) * self.gain
+        return out if self.bias is None else out + self.bias
+
+
+def norm_spec(norm: nn.Module, path: str, x: Tensor) -> NormSpec:
+    """Find out what a norm module computes.
+
+    Args:
+        norm: The module.
+        path: Its path, for messages.
+        x: ``(n, d)`` values to compare on, in the module's dtype.
+
+    Raises:
+        SiteError: It is neither a LayerNorm nor an RMSNorm with a gain and perhaps a bias.
+    """
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    with torch.no_grad():
+        out = norm(x).to(dtype)
+    limit, x = TOLERANCE[x.dtype], x.detach().to(dtype)
+    eps = float(getattr(norm, "eps", getattr(norm, "variance_epsilon", 0.0)))
+    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+    weight = torch.ones_like(x[0]) if weight is None else weight.detach().to(dtype)
+    bias = None if bias is None else bias.detach().to(dtype)
+    candidates = [
+        NormSpec(gain, bias, eps, centred)
+        for centred in (False, True)
+        for gain in (weight, 1 + weight)
+    ]
+    errors = [relative_difference(spec(x), out) for spec in candidates]
+    best = min(range(len(errors)), key=errors.__getitem__)
+    if not errors[best] <= limit:
+        raise SiteError(
+            f"{path} ({type(norm).__name__}) is neither a LayerNorm nor an RMSNorm: the nearest "
+            f"such norm differs by {errors[best]:.1e} (relative)"
+        )
+    return candidates[best]
+
+
+def relative_difference(found: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over the norm of what was expected."""
+    return float((found - expected).norm() / expected.norm().clamp_min(1e-30))
