@@ -1,0 +1,187 @@
+"""A ``LayerSource`` over safetensors files, from a plan that says which tensor is where.
+
+A format only has to write the plan: the layer's config and, for each tensor of the canonical form
+(``W_enc``, ``b_enc``, ``W_dec``, ``b_dec``, ``W_skip``, ``threshold``), its file, its name there
+and whether it is stored transposed. Checks, loading and reading of rows are the same for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nnsight_transcoders.errors import CheckpointError
+from nnsight_transcoders.hub.snapshot import Snapshot
+from nnsight_transcoders.hub.tensors import FLOAT_DTYPES, TensorInfo, open_tensors, read_rows
+from nnsight_transcoders.sets import Rows
+from nnsight_transcoders.transcoder import CrossLayerPart, Transcoder, TranscoderConfig
+
+
+@dataclass(frozen=True)
+class TensorRef:
+    """Where one tensor is: file, name in it, and whether it is stored the other way round."""
+
+    file: str
+    key: str
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """How one layer is put together.
+
+    Attributes:
+        config: The layer's config.
+        tensors: Canonical name -> where it is.
+        targets: The layers it writes to, for a part of a cross-layer transcoder.
+        ignored: Names in its files that are known and carry no weights (``"k"``).
+    """
+
+    config: TranscoderConfig
+    tensors: Mapping[str, TensorRef]
+    targets: tuple[int, ...] | None = None
+    ignored: Collection[str] = ()
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The files it needs, each once."""
+        return tuple(dict.fromkeys(ref.file for ref in self.tensors.values()))
+
+
+class TensorSource:
+    """A ``LayerSource`` that reads safetensors files of a snapshot when they are used."""
+
+    def __init__(
+        self, snapshot: Snapshot, plans: Mapping[int, LayerPlan], provenance: Mapping[str, Any]
+    ) -> None:
+        self._snapshot, self._plans = snapshot, dict(sorted(plans.items()))
+        self.configs = {layer: plan.config for layer, plan in self._plans.items()}
+        files = sorted({file for plan in self._plans.values() for file in plan.files})
+        self.provenance = {**snapshot.provenance(), "files": files, "folds": [], **provenance}
+
+    def load(self, layer: int) -> Transcoder | CrossLayerPart:
+        """The layer's module; its weights are checked against the config on the way."""
+        plan = self._plans[layer]
+        tensors: dict[str, Tensor] = {}
+        for file in plan.files:
+            path = self._snapshot.path(file)
+            with open_tensors(path) as handle:
+                header = {key: _info(handle, key) for key in handle.keys()}  # noqa: SIM118
+                check_header(str(path), file, header, plan)
+                for name, ref in plan.tensors.items():
+                    if ref.file == file:
+                        tensor = handle.get_tensor(ref.key)
+                        tensors[name] = tensor.T.contiguous() if ref.transposed else tensor
+        return build_module(plan.config, tensors, plan.targets)
+
+    def rows(self, layer: int, indices: Tensor, which: Rows) -> Tensor:
+        """Single rows, read from the file without loading the tensor."""
+        plan = self._plans[layer]
+        name = "W_enc" if which == "encoder" else "W_dec"
+        ref = plan.tensors[name]
+        path = self._snapshot.path(ref.file)
+        with open_tensors(path) as handle:
+            if ref.key not in set(handle.keys()):
+                raise _missing(str(path), ref.key, handle.keys())
+            _check_tensor(str(path), name, ref, _info(handle, ref.key), plan)
+        return read_rows(path, ref.key, indices, transposed=ref.transposed)
+
+
+def expected_shape(
+    name: str, config: TranscoderConfig, targets: tuple[int, ...] | None
+) -> tuple[int, ...]:
+    """The shape of a tensor in the canonical form."""
+    d_in, d_out, width = config.d_in, config.d_out, config.d_transcoder
+    return {
+        "W_enc": (width, d_in),
+        "b_enc": (width,),
+        "W_dec": (width, d_out) if targets is None else (width, len(targets), d_out),
+        "b_dec": (d_out,),
+        "W_skip": (d_out, d_in),
+        "threshold": (width,),
+    }[name]
+
+
+def build_module(
+    config: TranscoderConfig, tensors: Mapping[str, Tensor], targets: tuple[int, ...] | None = None
+) -> Transcoder | CrossLayerPart:
+    """A module around tensors in the canonical form, without copying them.
+
+    The dtype is that of ``W_enc``, whatever the config says; the other weights follow it, and a
+    threshold keeps its own (it is only compared with).
+    """
+    dtype = tensors["W_enc"].dtype
+    config = config.replace(dtype=str(dtype).removeprefix("torch."))
+    threshold = tensors.get("threshold")
+    with torch.device("meta"):
+        if targets is None:
+            module: Transcoder | CrossLayerPart = Transcoder(config, threshold)
+        else:
+            module = CrossLayerPart(config, targets, threshold)
+    state = {name: tensor.to(dtype) for name, tensor in tensors.items() if name != "threshold"}
+    if threshold is not None:
+        state["activation.threshold"] = threshold
+    module.load_state_dict(state, assign=True)
+    return module
+
+
+def _info(handle: Any, key: str) -> TensorInfo:
+    stored = handle.get_slice(key)
+    return TensorInfo(tuple(stored.get_shape()), stored.get_dtype())
+
+
+def _missing(path: str, key: str, present: Collection[str]) -> CheckpointError:
+    return CheckpointError(
+        f"{path} has no tensor {key}; it has {', '.join(sorted(present)) or 'none'}"
+    )
+
+
+def check_header(where: str, file: str, header: Mapping[str, TensorInfo], plan: LayerPlan) -> None:
+    """Check one file's header against a layer's plan.
+
+    Args:
+        where: What to call the file in messages.
+        file: Its name in the plan.
+        header: Its tensors.
+        plan: What the layer expects.
+
+    Raises:
+        CheckpointError: A tensor too few or too many (the file is not what the config says), or
+            one of another shape or dtype.
+    """
+    refs = {name: ref for name, ref in plan.tensors.items() if ref.file == file}
+    wanted = {ref.key for ref in refs.values()}
+    for key in sorted(wanted - set(header)):
+        raise _missing(where, key, header)
+    unexpected = sorted(set(header) - wanted - set(plan.ignored))
+    if unexpected:
+        raise CheckpointError(
+            f"{where} has tensor(s) {', '.join(unexpected)} that the config does not account for "
+            f"(expected {', '.join(sorted(wanted))}); reading it without them could give wrong "
+            "results"
+        )
+    for name, ref in refs.items():
+        _check_tensor(where, name, ref, header[ref.key], plan)
+
+
+def _check_tensor(path: str, name: str, ref: TensorRef, info: TensorInfo, plan: LayerPlan) -> None:
+    expected = expected_shape(name, plan.config, plan.targets)
+    if ref.transposed:
+        expected = expected[::-1]
+    # One threshold may stand for all features.
+    allowed = (expected, ()) if name == "threshold" else (expected,)
+    if info.shape not in allowed:
+        raise CheckpointError(
+            f"{path}: tensor {ref.key} has shape {info.shape}, expected {expected} "
+            f"(layer {plan.config.layer}: d_in={plan.config.d_in}, d_out={plan.config.d_out}, "
+            f"d_transcoder={plan.config.d_transcoder})"
+        )
+    if info.dtype not in FLOAT_DTYPES:
+        raise CheckpointError(
+            f"{path}: tensor {ref.key} has dtype {info.torch_name}, expected one of "
+            f"{', '.join(FLOAT_DTYPES)}"
+        )
