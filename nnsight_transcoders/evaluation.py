@@ -1,0 +1,247 @@
+"""Does a transcoder set fit its model? ``verify`` answers in numbers, in one call.
+
+A wrong hook point, a folded norm, a swapped matrix or a missing scale loads without an error and
+shows up as strange circuits. Here it shows up as a fraction of variance unexplained above one.
+
+    FVU = sum |y - y_hat|^2 / sum |y - mean y|^2        over all positions of the text
+    L0  = mean number of active features per position
+    CE  = mean cross-entropy of the next token, in nats
+
+Padding and the leading positions that a set was not trained on are left out.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import nnsight
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .attach import attached
+from .builtin import builtin_model_path
+from .circuits.collect import token_ids_of
+from .errors import InputError
+from .models import hf_module
+from .sets import TranscoderSet
+from .sites import Sites, resolve_sites
+
+#: Text for a first check when the caller gives none.
+DEFAULT_TEXT = (
+    "The river rises in the hills above the old market town and runs for forty miles to the sea. "
+    "In spring its meadows flood, and the farmers move their cattle to higher ground.",
+    "When the committee met on Tuesday, the chair explained that the budget had been approved, but "
+    "that two of the larger projects would have to wait until the following year.",
+    "Light travels at about three hundred thousand kilometres per second. A signal from the Earth "
+    "takes a little more than one second to reach the Moon and about eight minutes to the Sun.",
+    "She opened the letter slowly, read it twice, and put it back into the drawer. Nobody in the "
+    "house ever learned what her brother had written from the island.",
+)
+#: Longest piece of a text that is run, in tokens.
+MAX_TOKENS = 128
+#: Up to where the FVU of a fitting layer may go, and from where it says that nothing fits.
+FITS_BELOW, FAILS_FROM = 0.8, 1.0
+
+Verdict = Literal["fits", "weak", "does not fit"]
+
+
+@dataclass(frozen=True)
+class LayerFit:
+    """How one layer's transcoder does.
+
+    Attributes:
+        layer: Which layer.
+        fvu: Fraction of variance unexplained (see the module's docstring).
+        l0: Active features per position.
+        ce_change: Rise of the cross-entropy in nats when this layer's MLP alone is replaced; None
+            for a cross-layer set, whose layers need each other.
+        verdict: ``"fits"``, ``"weak"`` or ``"does not fit"``.
+    """
+
+    layer: int
+    fvu: float
+    l0: float
+    ce_change: float | None
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class FitReport:
+    """What ``verify`` found.
+
+    Attributes:
+        n_tokens: Positions measured.
+        ce: Cross-entropy of the model itself, in nats.
+        ce_replaced: The same with all of the set's layers replaced.
+        layers: Layer by layer.
+    """
+
+    n_tokens: int
+    ce: float
+    ce_replaced: float
+    layers: tuple[LayerFit, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether no layer fails."""
+        return all(layer.verdict != "does not fit" for layer in self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self) | {"ok": self.ok}
+
+
+def verify(
+    model: Any,
+    transcoders: TranscoderSet,
+    text: str | Sequence[str | Sequence[int] | Tensor] | None = None,
+    *,
+    sites: Sites | None = None,
+    verbose: bool = False,
+) -> FitReport:
+    """Measure how well a set fits a model, on a short text.
+
+    Args:
+        model: An nnsight model.
+        transcoders: The set.
+        text: One or several texts, or token ids; each is cut to 128 tokens. Default: a few English
+            sentences (for the builtin model: its own).
+        sites: The model's sites, where they have to be given by hand.
+        verbose: Show progress.
+
+    Raises:
+        MismatchError: The set does not fit the model's shape.
+        InputError: No text with at least two tokens.
+    """
+    module = hf_module(model)
+    sites = sites or resolve_sites(module)
+    transcoders.check_model(sites.d_model, sites.n_layers, type(module).__name__)
+    batches = _batches(model, sites, _default_text(module) if text is None else text)
+    singles = [] if transcoders.cross_layer else list(transcoders.layers)
+    passes = tqdm(total=3 + len(singles), desc="verify", disable=not verbose, leave=False)
+    with passes:
+        sums = _fit_sums(model, transcoders, batches, sites)
+        passes.update()
+        ce, n_predicted = _cross_entropy(model, batches)
+        passes.update()
+        with attached(model, transcoders, sites=sites) as replaced:
+            ce_replaced, _ = _cross_entropy(replaced, batches)
+        passes.update()
+        changes: dict[int, float | None] = dict.fromkeys(transcoders.layers)
+        for layer in singles:
+            with attached(model, transcoders, [layer], sites=sites) as replaced:
+                changes[layer] = (_cross_entropy(replaced, batches)[0] - ce) / n_predicted
+            passes.update()
+    fits = tuple(_fit(layer, sums[layer], changes[layer]) for layer in transcoders.layers)
+    n_tokens = int(sums[transcoders.layers[0]].n)
+    return FitReport(n_tokens, ce / n_predicted, ce_replaced / n_predicted, fits)
+
+
+def _default_text(module: Any) -> Sequence[str]:
+    name = getattr(getattr(module, "config", None), "_name_or_path", "")
+    if name == str(builtin_model_path()):
+        from .builtin.text import sentences
+
+        return sentences(48, seed=1)
+    return DEFAULT_TEXT
+
+
+def _batches(model: Any, sites: Sites, text: Any) -> list[Tensor]:
+    """Token ids ``(n, T)``: texts of one length together, so that nothing is padded."""
+    texts = [text] if isinstance(text, str) else list(text)
+    by_length: dict[int, list[Tensor]] = defaultdict(list)
+    limit = min(MAX_TOKENS, sites.max_positions or MAX_TOKENS)
+    for one in texts:
+        ids = one if not isinstance(one, str) else _tokenize(model, one)
+        ids = token_ids_of(model, ids[:limit], sites)
+        if len(ids) > 1:
+            by_length[len(ids)].append(ids)
+    if not by_length:
+        raise InputError("the text has no piece of at least two tokens")
+    return [batch for same in by_length.values() for batch in torch.stack(same).split(16)]
+
+
+def _tokenize(model: Any, text: str) -> list[int]:
+    if getattr(model, "tokenizer", None) is None:
+        raise InputError("this model has no tokenizer: give the text as token ids")
+    return model.tokenizer(text)["input_ids"]
+
+
+class _Sums:
+    """Running sums of one layer, in float64 on the CPU: nothing else is kept of a text."""
+
+    def __init__(self, width: int) -> None:
+        self.n = 0
+        self.active = 0
+        self.error = 0.0
+        self.square = 0.0
+        self.total = torch.zeros(width, dtype=torch.float64)
+
+    def add(self, output: Tensor, error: Tensor, features: Tensor) -> None:
+        """``(n, d_model)``, ``(n, d_model)``, ``(n, d_transcoder)``."""
+        self.n += len(output)
+        self.active += int(features.count_nonzero())
+        self.error += float(error.double().pow(2).sum())
+        self.square += float(output.double().pow(2).sum())
+        self.total += output.double().sum(0).cpu()
+
+    def fvu(self) -> float:
+        """Error over the variance around the mean."""
+        variance = self.square - float(self.total.pow(2).sum()) / self.n
+        return self.error / max(variance, 1e-30)
+
+
+def _fit(layer: int, sums: _Sums, change: float | None) -> LayerFit:
+    fvu = sums.fvu()
+    verdict: Verdict = "does not fit"
+    if fvu < FAILS_FROM:
+        verdict = "fits" if fvu < FITS_BELOW else "weak"
+    return LayerFit(layer, fvu, sums.active / sums.n, change, verdict)
+
+
+def _fit_sums(
+    model: Any, transcoders: TranscoderSet, batches: Sequence[Tensor], sites: Sites
+) -> dict[int, _Sums]:
+    layers = transcoders.layers
+    sums = {layer: _Sums(sites.d_model) for layer in layers}
+    with attached(model, transcoders, mode="observe", sites=sites) as watched:
+        for ids in batches:
+            values = _observe(watched, layers, ids)
+            for layer, (features, reconstruction, error) in zip(layers, values, strict=True):
+                start = transcoders.config(layer).leading_positions
+                columns = [part[:, start:].flatten(0, 1) for part in (reconstruction, error)]
+                sums[layer].add(
+                    columns[0] + columns[1], columns[1], features[:, start:].flatten(0, 1)
+                )
+    return sums
+
+
+def _observe(watched: Any, layers: Sequence[int], ids: Tensor) -> list[tuple]:
+    with torch.no_grad():
+        with watched.trace(ids):
+            values = nnsight.save([])
+            for layer in layers:
+                node = watched.transcoders[layer]
+                features = node.features.output
+                reconstruction = node.reconstruction.output
+                values.append((features, reconstruction, node.error.output))
+    return values
+
+
+def _cross_entropy(model: Any, batches: Sequence[Tensor]) -> tuple[float, int]:
+    """Sum of the next-token cross-entropies in nats, and their number."""
+    total, count = 0.0, 0
+    for ids in batches:
+        with torch.no_grad():
+            with model.trace(ids):
+                logits = model.output.logits.save()
+        predicted, actual = logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten()
+        actual = actual.to(predicted.device)
+        total += float(F.cross_entropy(predicted, actual, reduction="sum"))
+        count += len(actual)
+    return total, count

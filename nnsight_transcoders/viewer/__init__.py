@@ -1,0 +1,1 @@
+"""The interactive page of an attribution graph: one HTML document that needs no network."""
