@@ -43,7 +43,7 @@ class JumpReLU(nn.Module):
         self.threshold = nn.Parameter(threshold)
 
     def forward(self, z: Tensor) -> Tensor:
-        return z * (z > self.threshold)
+        return torch.where(z > self.threshold, z, 0.0)  # not a product: -inf * 0 is NaN
 
 
 class TopK(nn.Module):
@@ -104,7 +104,7 @@ def check_activation(name: str, d_transcoder: int, k: int | None, n_groups: int 
         return
     width = d_transcoder
     if name == "grouptopk":
-        if not n_groups or n_groups < 1 or d_transcoder % n_groups:
+        if not isinstance(n_groups, int) or n_groups < 1 or d_transcoder % n_groups:
             raise ConfigError(
                 f"activation 'grouptopk' needs n_groups that divides d_transcoder={d_transcoder}, "
                 f"got {n_groups}"
@@ -112,8 +112,8 @@ def check_activation(name: str, d_transcoder: int, k: int | None, n_groups: int 
         width = d_transcoder // n_groups
     if k is None:
         raise ConfigError(f"activation {name!r} needs k (the number of features kept); pass k=...")
-    if not 1 <= k <= width:
-        raise ConfigError(f"activation {name!r} needs 1 <= k <= {width}, got k={k}")
+    if not isinstance(k, int) or not 1 <= k <= width:
+        raise ConfigError(f"activation {name!r} needs an integer 1 <= k <= {width}, got k={k!r}")
 
 
 def make_activation(

@@ -251,6 +251,13 @@ class Replacement(nn.Module):
         mode: See ``attach``.
     """
 
+    transcoder: Transcoder | CrossLayerPart
+    token_index: Served
+    pre_activations: Served
+    features: Served
+    reconstruction: Served
+    error: Served
+
     def __init__(self, transcoders: TranscoderSet, layer: int, mode: Mode) -> None:
         super().__init__()
         own = transcoders[layer]

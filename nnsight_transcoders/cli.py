@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,7 +50,7 @@ def errors_as_messages() -> Iterator[None]:
     try:
         yield
     except (TranscoderError, OSError) as error:
-        err.print(f"error: {error}", style="red", markup=False)
+        err.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         raise typer.Exit(1) from error
 
 
@@ -71,16 +72,35 @@ def main(
 
 
 def load_model(name: str, dtype: str = "float32", device: str = "cpu") -> Any:
-    """An nnsight model with its weights, by Hub id, folder, or ``"builtin"``."""
+    """An nnsight model with its weights, by Hub id, folder, or ``"builtin"``.
+
+    Raises:
+        InputError: No such model or device.
+        ConfigError: No such dtype.
+    """
     from nnsight import TransformersModel
 
     from .builtin import builtin_model_path
     from .transcoder import torch_dtype
 
     path = str(builtin_model_path()) if name == "builtin" else name
-    return TransformersModel(
-        path, task="text-generation", device_map=device, dtype=torch_dtype(dtype), dispatch=True
-    )
+    options = {"device_map": device, "dtype": torch_dtype(dtype)}
+    _check_device(device)
+    try:
+        return TransformersModel(path, task="text-generation", dispatch=True, **options)
+    except (OSError, ValueError) as error:  # what transformers raises for a name or a folder
+        raise InputError(f"cannot load the model {name!r}: {error}") from error
+
+
+def _check_device(name: str) -> None:
+    import torch
+
+    if name == "auto":
+        return
+    try:
+        torch.zeros(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {name!r} cannot be used here: {error}") from error
 
 
 def load_set(name: str, model: str = "builtin", **options: Any) -> TranscoderSet:
@@ -116,6 +136,8 @@ def trace(
     with errors_as_messages():
         from .circuits.attribution import attribute
 
+        _check_thresholds(node_threshold, edge_threshold)
+        _check_text(prompt, *(target or []))
         _writable(out_folder)
         chosen = load_set(transcoders, model, revision=revision)
         if layers:
@@ -138,9 +160,9 @@ def trace(
         files = {"graph_file": str(graph_file), "page": str(page)}
         _print_json(_graph_info(graph) | {"pruned": _graph_info(pruned)} | files)
         return
-    out.print(graph.summary(), markup=False)
-    out.print(f"\npruned: {pruned.n_nodes} nodes, {pruned.n_edges} edges", markup=False)
-    out.print(f"graph:  {graph_file}\npage:   {page}  (open it in a browser)", markup=False)
+    _print(graph.summary())
+    _print(f"\npruned: {pruned.n_nodes} nodes, {pruned.n_edges} edges")
+    _print(f"graph:  {graph_file}\npage:   {page}  (open it in a browser)")
 
 
 @app.command()
@@ -166,7 +188,7 @@ def info(
     if as_json:
         _print_json(data)
         return
-    out.print(text, markup=False)
+    _print(text)
     if "layers" in data:
         _print_layers(data["layers"])
 
@@ -196,7 +218,7 @@ def verify(
             change = "-" if fit.ce_change is None else f"{fit.ce_change:+.4f}"
             table.add_row(str(fit.layer), f"{fit.fvu:.4f}", f"{fit.l0:.1f}", change, fit.verdict)
         out.print(table)
-        out.print(
+        _print(
             f"cross-entropy {report.ce:.4f}; with all layers replaced {report.ce_replaced:.4f} "
             f"({report.n_tokens} tokens)"
         )
@@ -219,7 +241,7 @@ def check(
     if as_json:
         _print_json(report.to_dict())
     else:
-        out.print(str(report.sites), markup=False)
+        _print(str(report.sites))
         table = Table("identity", "relative error", "limit", "holds")
         for row in report.rows:
             value = "-" if row.value is None else f"{row.value:.1e}"
@@ -244,9 +266,9 @@ def builtin(as_json: Json = False) -> None:
     if as_json:
         _print_json(data)
         return
-    out.print(f"model: {data['model']}", markup=False)
+    _print(f"model: {data['model']}")
     for name in data["sets"]:
-        out.print(f"set:   {name}", markup=False)
+        _print(f"set:   {name}")
     out.print_json(json.dumps(data["record"]))
 
 
@@ -258,11 +280,28 @@ def parse_layers(text: str) -> list[int]:
     """
     layers: list[int] = []
     for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
+        found = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part.strip(), re.ASCII)
+        more = range(int(found[1]), int(found[2] or found[1]) + 1) if found else ()
+        if not more:
             raise InputError(f"--layers takes numbers and ranges such as '0-3,7', got {text!r}")
-        layers += range(int(first), int(last or first) + 1)
+        layers += more
     return layers
+
+
+def _check_thresholds(node: float, edge: float) -> None:
+    """Find out before minutes of computing that pruning would refuse its thresholds."""
+    for name, value in (("--node-threshold", node), ("--edge-threshold", edge)):
+        if not 0 < value <= 1:
+            raise InputError(f"{name} must be above 0 and at most 1, got {value}")
+
+
+def _check_text(*texts: str) -> None:
+    """Refuse arguments whose bytes are not text in the terminal's encoding."""
+    for text in texts:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise InputError(f"{text!r} is not UTF-8 text: {error.reason}") from error
 
 
 def _graph_info(graph: AttributionGraph) -> dict[str, Any]:
@@ -321,6 +360,11 @@ def _writable(folder: Path) -> None:
     with atomic_path(probe):
         pass
     probe.unlink()
+
+
+def _print(text: str) -> None:
+    """Text as it is: lines are not broken at the terminal's width, which would break paths."""
+    out.print(text, markup=False, soft_wrap=True)
 
 
 def _print_json(data: Any) -> None:

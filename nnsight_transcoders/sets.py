@@ -225,14 +225,14 @@ class TranscoderSet:
             CheckpointError: A weight is NaN or infinite.
         """
         self._check(layer)
-        if layer in self._kept:
+        # What was kept is in the set's dtype; from a coarser one there is no way back.
+        if layer in self._kept and (self.dtype is None or dtype in (None, self.dtype)):
             module = self._kept[layer]
         else:
             module = self.source.load(layer)
             _check_finite(module, layer)
-        dtype = dtype or self.dtype
-        wanted = module.W_enc.dtype if dtype is None else dtype
-        if module.W_enc.dtype != wanted or module.W_enc.device != self.device:
+        wanted = dtype or self.dtype or module.W_enc.dtype
+        if module.W_enc.dtype != wanted or not _is_on(module.W_enc, self.device):
             module = _converted(module, self.device, wanted)
         return module
 
@@ -285,9 +285,9 @@ class TranscoderSet:
 
     def cross_layer_transcoder(self) -> CrossLayerTranscoder:
         """All layers as one ``CrossLayerTranscoder`` (loads everything)."""
-        parts = {layer: self[layer] for layer in self.layers}
         if not self.cross_layer:
             raise InputError("this is a per-layer set; it has no cross-layer transcoder")
+        parts = {layer: self[layer] for layer in self.layers}
         return CrossLayerTranscoder(parts)  # type: ignore[arg-type]
 
     def subset(self, layers: Sequence[int]) -> TranscoderSet:
@@ -358,6 +358,11 @@ class _Subset:
 
     def rows(self, layer: int, indices: Tensor, which: Rows) -> Tensor:
         return self._source.rows(layer, indices, which)
+
+
+def _is_on(weight: Tensor, device: torch.device) -> bool:
+    """Whether a tensor is on a device, which ``"cuda"`` names without its index."""
+    return weight.device.type == device.type and device.index in (None, weight.device.index)
 
 
 def _check_finite(module: FeatureEncoder, layer: int) -> None:

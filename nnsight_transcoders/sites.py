@@ -22,7 +22,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import nn
 
@@ -177,6 +177,11 @@ def resolve_sites(model: Any, **overrides: Any) -> Sites:
     config = _text_config(module)
     blocks_path = overrides.pop("blocks", None) or _find_blocks(module, config)
     blocks = _get(module, blocks_path)
+    if not isinstance(blocks, nn.ModuleList):
+        raise SiteError(
+            f"blocks={blocks_path!r} is no list of blocks but {type(blocks).__name__}\n"
+            f"{_tree(module)}"
+        )
     layer_fields = {f.name for f in fields(LayerSites)}
     for_layers = {k: overrides.pop(k) for k in list(overrides) if k in layer_fields}
     parallel = overrides.pop("parallel", None)
@@ -186,7 +191,7 @@ def resolve_sites(model: Any, **overrides: Any) -> Sites:
     )
     if parallel is None:
         parallel = _is_parallel(config, layers[0])
-    sites = _model_sites(module, config, blocks_path, layers, parallel)
+    sites = _model_sites(module, config, blocks_path, layers, parallel, overrides.get("final_norm"))
     unknown = set(overrides) - {f.name for f in fields(Sites)}
     if unknown:
         raise SiteError(
@@ -257,10 +262,10 @@ def _is_norm(block: nn.Module, name: str) -> bool:
 
 
 def _layer_sites(
-    module: nn.Module, path: str, layer: int, config: Any, given: Mapping[str, str]
+    module: nn.Module, path: str, layer: int, config: Any, overrides: Mapping[str, str | None]
 ) -> LayerSites:
     block = _get(module, path)
-    given = {k: v.format(layer=layer) for k, v in given.items() if isinstance(v, str)}
+    given = {k: v and v.format(layer=layer) for k, v in overrides.items()}
 
     def missing(part: str) -> SiteError:
         return SiteError(
@@ -269,25 +274,38 @@ def _layer_sites(
             f"{_tree(block, path)}"
         )
 
-    parts: dict[str, Any] = {"block": path, **_norms(block, path, config)}
+    parts: dict[str, Any] = {"block": path, **_norms(block, path, config, given)}
     parts.update(_attention_parts(block, path, missing, given))
     parts.update(_mlp_parts(block, path, missing, given))
     parts.update(given)
-    for name in ("value", "out_proj", "mlp_in", "mlp_out"):
-        _get(module, parts[name])
+    layout = parts["value_layout"]
+    if layout not in get_args(ValueLayout):
+        known = ", ".join(get_args(ValueLayout))
+        raise SiteError(f"value_layout must be one of {known}, got {layout!r}")
+    for name, part in parts.items():
+        if name != "value_layout" and not (part is None and name.endswith("norm")):
+            _get(module, str(part))
     return LayerSites(**parts)
 
 
-def _norms(block: nn.Module, path: str, config: Any) -> dict[str, str | None]:
+def _norms(
+    block: nn.Module, path: str, config: Any, given: Mapping[str, str | None]
+) -> dict[str, str | None]:
     """The four norms by role. ``post_attention_layernorm`` is the one name with two meanings: it
-    precedes the MLP, unless the block has feed-forward norms of its own (Gemma 2/3, OLMo 2)."""
+    precedes the MLP, unless the block has feed-forward norms of its own (Gemma 2/3, OLMo 2).
+    ``given`` norms need no role found for them."""
     if getattr(config, "do_layer_norm_before", True) is False:
         raise SiteError(
             f"{path} applies its norms to the residual stream itself (do_layer_norm_before=False); "
-            "the residual stream is then no sum of the parts' outputs, which attribution needs"
+            "the residual stream is then no sum of the parts' outputs, which attribution needs\n"
+            f"{_tree(block, path)}"
         )
     if getattr(config, "apply_residual_connection_post_layernorm", False):
-        raise SiteError(f"{path} adds its parts to the normalised stream, which is not supported")
+        raise SiteError(
+            f"{path} adds its parts to the normalised stream "
+            "(apply_residual_connection_post_layernorm=True), which is not supported\n"
+            f"{_tree(block, path)}"
+        )
     names = {name for name, _ in block.named_children() if _is_norm(block, name)}
     after_mlp = next((n for n in _NORM_AFTER_MLP if n in names), None)
     sandwiched = after_mlp is not None or "pre_feedforward_layernorm" in names
@@ -297,11 +315,12 @@ def _norms(block: nn.Module, path: str, config: Any) -> dict[str, str | None]:
     before_attention = next((n for n in _NORM_BEFORE_ATTENTION if n in names), None)
     left = names - {after_mlp, after_attention, before_attention}
     before_mlp = next((n for n in _NORM_BEFORE_MLP if n in left), None)
-    if left - {before_mlp}:
+    left -= {before_mlp, *(part.removeprefix(f"{path}.") for part in given.values() if part)}
+    if left:
         raise SiteError(
-            f"block {path} has norms whose role is not known: "
-            f"{', '.join(sorted(left - {before_mlp}))}. Pass mlp_norm=, attention_norm=, "
-            f"mlp_post_norm= or attention_post_norm=\n{_tree(block, path)}"
+            f"block {path} has norms whose role is not known: {', '.join(sorted(left))}. Pass "
+            f"mlp_norm=, attention_norm=, mlp_post_norm= or attention_post_norm=\n"
+            f"{_tree(block, path)}"
         )
     # One norm before both: parallel blocks of Falcon-7B, GPT-J, Phi-2, parallel StableLM.
     if before_mlp is None and after_mlp is None:
@@ -327,7 +346,7 @@ def _attention_parts(
     if name is None and "attention" not in given:
         raise missing("attention")
     attention = given.get("attention", f"{path}.{name}")
-    inner = block.get_submodule(attention.removeprefix(f"{path}."))
+    inner = _get(block, attention.removeprefix(f"{path}."))
     # GPT-Neo wraps the module that does the work in one that only forwards the call.
     linears = [n for n, child in inner.named_children() if _is_linear(child)]
     while not linears and len(list(inner.children())) == 1:
@@ -354,17 +373,17 @@ def _mlp_parts(
     block: nn.Module, path: str, missing: Any, given: Mapping[str, str]
 ) -> dict[str, str]:
     children = dict(block.named_children())
-    name = _child(block, _MLP)
+    name = given["mlp"].removeprefix(f"{path}.") if "mlp" in given else _child(block, _MLP)
     if name is None and "fc1" in children and "fc2" in children:  # OPT has no MLP module
         return {"mlp": f"{path}.fc1", "mlp_in": f"{path}.fc1", "mlp_out": f"{path}.fc2"}
     if name is None:
         if {"mlp_in", "mlp_out"} <= set(given):
             return {"mlp": given["mlp_in"], "mlp_in": given["mlp_in"], "mlp_out": given["mlp_out"]}
-        raise missing("mlp_in")
-    mlp = f"{path}.{name}"
+        raise missing("mlp")
+    mlp, module = f"{path}.{name}", _get(block, name)
     # Bloom hands the residual into the MLP, which adds it: the MLP proper is between its linears.
-    if "residual" in inspect.signature(type(children[name]).forward).parameters:
-        linears = [n for n, child in children[name].named_children() if _is_linear(child)]
+    if "residual" in inspect.signature(type(module).forward).parameters:
+        linears = [n for n, child in module.named_children() if _is_linear(child)]
         if len(linears) != 2:
             raise missing("mlp_out")
         return {"mlp": mlp, "mlp_in": f"{mlp}.{linears[0]}", "mlp_out": f"{mlp}.{linears[1]}"}
@@ -383,27 +402,23 @@ def _model_sites(
     blocks_path: str,
     layers: tuple[LayerSites, ...],
     parallel: bool,
+    final_norm: str | None,
 ) -> Sites:
     paths = {id(child): name for name, child in module.named_modules()}
-    embed = getattr(module, "get_input_embeddings", lambda: None)()
-    unembed = getattr(module, "get_output_embeddings", lambda: None)()
-    for part, found in (("embed", embed), ("unembed", unembed)):
-        if found is None:
-            raise SiteError(
-                f"{type(module).__name__} has no {part}ding: load the model with its language "
-                "modelling head (AutoModelForCausalLM, task='text-generation')"
-            )
+    embed = _embedding(module, "get_input_embeddings")
+    unembed = _embedding(module, "get_output_embeddings")
     owner_path = blocks_path.rpartition(".")[0]
     owner = module.get_submodule(owner_path) if owner_path else module
-    norm = _final_norm(owner, owner_path, blocks_path)
     prefix = f"{owner_path}." if owner_path else ""
+    if final_norm is None:
+        final_norm = f"{prefix}{_final_norm(owner, owner_path, blocks_path)}"
     position = _child(owner, _POSITION)
     d_model = embed.weight.shape[1]
     return Sites(
         layers=layers,
         embed=paths[id(embed)],
         position_embed=f"{prefix}{position}" if position else None,
-        final_norm=f"{prefix}{norm}",
+        final_norm=final_norm,
         unembed=paths[id(unembed)],
         parallel=parallel,
         d_model=d_model,
@@ -411,6 +426,16 @@ def _model_sites(
         max_positions=_first(config, "max_position_embeddings", "n_positions", default=None),
         vocab_size=embed.weight.shape[0],
     )
+
+
+def _embedding(module: nn.Module, getter: str) -> Any:
+    found = getattr(module, getter, lambda: None)()
+    if found is None:
+        raise SiteError(
+            f"{type(module).__name__}.{getter}() gives nothing: load the model with its language "
+            "modelling head (AutoModelForCausalLM, task='text-generation')"
+        )
+    return found
 
 
 def _final_norm(owner: nn.Module, owner_path: str, blocks_path: str) -> str:
@@ -431,8 +456,10 @@ def _final_norm(owner: nn.Module, owner_path: str, blocks_path: str) -> str:
 def _heads(module: nn.Module, config: Any, layer: LayerSites, d_model: int) -> dict[str, int]:
     """Numbers and width of the heads, from the shapes: the config's head_dim is often left out."""
     n_heads = _first(config, "num_attention_heads", "n_head", "num_heads")
-    head_dim = (sum(module.get_submodule(layer.out_proj).weight.shape) - d_model) // n_heads
-    value_heads = (sum(module.get_submodule(layer.value).weight.shape) - d_model) // head_dim
+    out_proj: Any = module.get_submodule(layer.out_proj)
+    value: Any = module.get_submodule(layer.value)
+    head_dim = (sum(out_proj.weight.shape) - d_model) // n_heads
+    value_heads = (sum(value.weight.shape) - d_model) // head_dim
     if layer.value_layout != "separate":
         value_heads = (value_heads - n_heads) // 2
     return {"n_heads": n_heads, "n_value_heads": value_heads, "head_dim": head_dim}

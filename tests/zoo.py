@@ -1,4 +1,4 @@
-"""Tiny random models of every architecture the package promises, and random transcoders for them."""
+"""Tiny random models of every architecture the package promises, and a tokenizer for them."""
 
 from __future__ import annotations
 

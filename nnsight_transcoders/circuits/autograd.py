@@ -168,7 +168,7 @@ def _trace_frozen(
                     x = resid if sites.parallel else model.get(plan.sites.mlp_norm).input
                     mlp_in = model.get(plan.sites.mlp_in).input
                 x = x.reshape(start.shape)
-                if plan.side.site == "N0":
+                if plan.side.site == "N0" and plan.side.read is not None:
                     x = plan.side.read.forward(x[:, None])[:, 0].to(start.dtype)
                 reads.append(x)
                 out = leaves[number] * 1

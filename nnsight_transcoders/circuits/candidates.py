@@ -159,7 +159,8 @@ def site_sources(run: Run, active: ActiveFeatures, dtype: torch.dtype) -> dict[i
         at[layer].append((active.error[layer], columns, everywhere))
     columns = n_features + n_layers * n_positions + everywhere
     at[-1].append((run.embedding.to(dtype), columns, everywhere))
-    return {
-        site: SiteSources.build(*map(torch.cat, zip(*parts, strict=True)), n_positions)
-        for site, parts in at.items()
-    }
+    tables = {}
+    for site, parts in at.items():
+        vector, column, position = (torch.cat(part) for part in zip(*parts, strict=True))
+        tables[site] = SiteSources.build(vector, column, position, n_positions)
+    return tables

@@ -94,11 +94,11 @@ def token_ids_of(model: Any, prompt: str | Sequence[int] | Tensor, sites: Sites)
 @contextmanager
 def eager_attention(module: nn.Module) -> Iterator[None]:
     """Run attention in its eager form, which alone returns the pattern; put back afterwards."""
-    configs = {
-        id(child.config): child.config
-        for child in module.modules()
-        if hasattr(child, "config") and hasattr(child.config, "_attn_implementation")
-    }
+    configs: dict[int, Any] = {}
+    for child in module.modules():
+        config = getattr(child, "config", None)
+        if hasattr(config, "_attn_implementation"):
+            configs[id(config)] = config
     before = {key: config._attn_implementation for key, config in configs.items()}
     try:
         for config in configs.values():

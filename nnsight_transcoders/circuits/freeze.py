@@ -50,9 +50,11 @@ def freeze_norms(module: nn.Module, sites: Sites, run: Run) -> dict[str, FrozenN
     """Every norm on the residual path at the run's denominators, by module path.
 
     Raises:
-        SiteError: One of them is neither a LayerNorm nor an RMSNorm.
+        SiteError: One of them is neither a LayerNorm nor an RMSNorm, or the MLP does not read what
+            the norm before it makes of its residual input.
     """
     norms: dict[str, FrozenNorm] = {}
+    dtype = attribution_dtype(run.final.dtype)
     for number, layer in enumerate(sites.layers):
         for path, x in (
             (layer.attention_norm, run.resid[number]),
@@ -62,6 +64,10 @@ def freeze_norms(module: nn.Module, sites: Sites, run: Run) -> dict[str, FrozenN
         ):
             if path is not None and path not in norms:
                 norms[path] = freeze_norm(module, path, x)
+        if layer.mlp_norm is not None:
+            found = norms[layer.mlp_norm].forward(run.mid[number].to(dtype)[:, None])[:, 0]
+            what = f"the input of {layer.mlp_in}"
+            _require(found, run.mlp_in[number], TOLERANCE[run.final.dtype], what, layer.mlp_norm)
     norms[sites.final_norm] = freeze_norm(module, sites.final_norm, run.final)
     return norms
 
@@ -151,7 +157,7 @@ def freeze(
             )
         )
     frozen = FrozenModel(tuple(layers), norms[sites.final_norm], sites.parallel)
-    _check_residual(frozen, sites, run)
+    _check_residual(frozen, sites, run, norms)
     return frozen
 
 
@@ -217,7 +223,7 @@ def _attention(
     x = run.resid[number].to(dtype)[:, None]
     x = x if norm is None else norm.forward(x)
     pattern = run.pattern[number].to(dtype)
-    layouts = [layer.value_layout]
+    layouts: list[ValueLayout] = [layer.value_layout]
     if layer.value_layout != "separate":  # the other way of fusing has the same shapes
         layouts.append("grouped" if layer.value_layout == "concatenated" else "concatenated")
     differences = []
@@ -236,7 +242,9 @@ def _attention(
     )
 
 
-def _check_residual(frozen: FrozenModel, sites: Sites, run: Run) -> None:
+def _check_residual(
+    frozen: FrozenModel, sites: Sites, run: Run, norms: Mapping[str, FrozenNorm]
+) -> None:
     """The residual stream must be the sum of the parts that ``sites`` says it is the sum of."""
     dtype, limit = attribution_dtype(run.final.dtype), TOLERANCE[run.final.dtype]
     if run.position_embedding is not None:
@@ -256,6 +264,13 @@ def _check_residual(frozen: FrozenModel, sites: Sites, run: Run) -> None:
                 f"the MLP's residual input in {block}",
                 "block input + attention",
             )
+        mlp_norm = sites.layers[number].mlp_norm
+        read = run.mid[number].to(dtype)
+        if mlp_norm is not None:
+            read = norms[mlp_norm].forward(read[:, None])[:, 0]
+        _require(
+            read, run.mlp_in[number], limit, f"the MLP's input in {block}", "its norm of site R"
+        )
         total = mid + run.mlp_post[number].to(dtype)
         _require(total, after, limit, f"the output of {block}", "block input + attention + MLP")
 
