@@ -162,9 +162,9 @@ def _replay_error(engine: OperatorEngine, run: Run) -> float:
     outputs = []
     for number, layer in enumerate(engine.frozen.layers):
         site = run.mlp_out if layer.write is not None else run.mlp_post
-        outputs.append(site[number].to(engine.dtype)[:, None])
-    replay = engine.frozen.replay(run.resid[0].to(engine.dtype)[:, None], outputs, constants=True)
-    found = torch.stack([*(read[:, 0] for read in replay.reads), replay.final[:, 0]])
+        outputs.append(site[number].to(engine.dtype))
+    replay = engine.frozen.replay(run.resid[0].to(engine.dtype), outputs, constants=True)
+    found = torch.stack([*replay.reads, replay.final])
     expected = torch.stack([*engine.inputs, engine.final])
     return float((found - expected).abs().max() / expected.abs().max())
 

@@ -51,7 +51,7 @@ class AutogradEngine:
         sides = mlp_sides(sites, run, norms, transcoders)
         self.dtype = attribution_dtype(run.final.dtype)
         self.inputs = input_values(run, sides)
-        self.final = norms[sites.final_norm].forward(run.final.to(self.dtype)[:, None])[:, 0]
+        self.final = norms[sites.final_norm].forward(run.final.to(self.dtype))
         self._model, self._module, self._sites, self._run = model, module, sites, run
         self._final_norm = norms[sites.final_norm]
         self._plans = [
@@ -78,6 +78,11 @@ class AutogradEngine:
         ]
         *reads, final = self._run_frozen(start, leaves, grad=False)
         return [read.to(self.dtype) for read in reads], final.to(self.dtype)
+
+    def written(self, layer: int, vectors: Tensor, positions: Tensor) -> Tensor:
+        """See ``candidates.Engine.written``: leaves stand at the output sites themselves."""
+        del layer, positions
+        return vectors
 
     def rows(self, sources: dict[int, SiteSources], targets: Targets, n_columns: int) -> Tensor:
         """See ``candidates.Engine.rows``."""
@@ -169,7 +174,7 @@ def _trace_frozen(
                     mlp_in = model.get(plan.sites.mlp_in).input
                 x = x.reshape(start.shape)
                 if plan.side.site == "N0" and plan.side.read is not None:
-                    x = plan.side.read.forward(x[:, None])[:, 0].to(start.dtype)
+                    x = plan.side.read.forward(x).to(start.dtype)
                 reads.append(x)
                 out = leaves[number] * 1
                 if plan.side.skip is not None:
@@ -187,7 +192,7 @@ def _trace_frozen(
 def freeze_in_place(envoy: Any, norm: FrozenNorm) -> None:
     """Inside a trace: replace a norm's output by the frozen norm of its (live) input."""
     x = envoy.input
-    flat = x.reshape(-1, 1, x.shape[-1])
+    flat = x.reshape(-1, x.shape[-1])
     envoy.output = norm.forward(flat.to(norm.scale.dtype)).to(x.dtype).reshape(x.shape)
 
 

@@ -39,6 +39,10 @@ class Engine(Protocol):
         the frozen model run without features, errors and tokens, with decoder ``biases (D,)``."""
         ...
 
+    def written(self, layer: int, vectors: Tensor, positions: Tensor) -> Tensor:
+        """Vectors ``(m, D)`` at a layer's output site as ``rows`` wants its sources to be."""
+        ...
+
     def rows(self, sources: dict[int, SiteSources], targets: Targets, n_columns: int) -> Tensor:
         """Edges from all sources into a batch of targets ``(B, C)``."""
         ...
@@ -86,7 +90,7 @@ class Candidates:
             position=position,
             layer=torch.cat([none, *layers]),
             positions=torch.cat([none, *(f.position for f in active.layers.values())]),
-            sources=site_sources(run, active, engine.dtype),
+            sources=site_sources(run, active, engine),
             constants=constants,
             final_constants=final_constants,
         )
@@ -141,7 +145,7 @@ class Candidates:
         return Targets(self.chosen.direction, at, torch.full_like(at, self.position))
 
 
-def site_sources(run: Run, active: ActiveFeatures, dtype: torch.dtype) -> dict[int, SiteSources]:
+def site_sources(run: Run, active: ActiveFeatures, engine: Engine) -> dict[int, SiteSources]:
     """All candidate sources by the output site they write to (-1: the embedding)."""
     n_positions, n_layers = run.n_positions, len(active.error)
     everywhere = torch.arange(n_positions, device=run.final.device)
@@ -158,9 +162,11 @@ def site_sources(run: Run, active: ActiveFeatures, dtype: torch.dtype) -> dict[i
         columns = n_features + layer * n_positions + everywhere
         at[layer].append((active.error[layer], columns, everywhere))
     columns = n_features + n_layers * n_positions + everywhere
-    at[-1].append((run.embedding.to(dtype), columns, everywhere))
+    at[-1].append((run.embedding.to(engine.dtype), columns, everywhere))
     tables = {}
     for site, parts in at.items():
         vector, column, position = (torch.cat(part) for part in zip(*parts, strict=True))
+        if site >= 0:
+            vector = engine.written(site, vector, position)
         tables[site] = SiteSources.build(vector, column, position, n_positions)
     return tables

@@ -13,6 +13,7 @@ from typing import Any
 
 import nnsight
 import torch
+from nnsight.intervention.interleaver import OutOfOrderError
 from torch import Tensor, nn
 
 from nnsight_transcoders.errors import InputError, SiteError
@@ -119,12 +120,19 @@ def collect(model: Any, sites: Sites, token_ids: Tensor, positions: Sequence[int
         positions: Where the logits are kept.
 
     Raises:
-        SiteError: The attention module does not hand out its pattern.
+        SiteError: The attention module does not hand out its pattern, or a part runs elsewhere
+            than the sites say.
     """
     module = hf_module(model)
     ids = token_ids[None].to(next(module.parameters()).device)
     with eager_attention(module), torch.no_grad():
-        values = _trace(model, sites, ids, list(positions))
+        try:
+            values = _trace(model, sites, ids, list(positions))
+        except OutOfOrderError as error:
+            raise SiteError(
+                f"the model's parts do not run in the order that its sites say: {error}. Pass "
+                "parallel= or the parts' paths to resolve_sites"
+            ) from error
     for layer, pattern in enumerate(values["pattern"]):
         expected = (sites.n_heads, len(token_ids), len(token_ids))
         if pattern is None or tuple(pattern.shape) != expected:

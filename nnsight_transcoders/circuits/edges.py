@@ -30,7 +30,7 @@ class SiteSources:
     """The sources at one output site, by position.
 
     Attributes:
-        vector: ``(m, D)`` what each source writes.
+        vector: ``(m, D)`` what each source writes there (see ``candidates.Engine.written``).
         column: ``(m,)`` the column of its node.
         starts: T + 1 offsets: the sources at position ``p`` are rows ``starts[p]:starts[p + 1]``.
     """
@@ -62,17 +62,17 @@ def edge_rows(
         n_columns: C.
     """
     rows = targets.vector.new_zeros(len(targets.layer), n_columns)
-    for site, g_TnD in frozen.sweep(targets):
+    for site, g_nTD in frozen.sweep(targets):
         here = sources.get(site)
         if here is None:
             continue
-        last = here.starts[g_TnD.shape[0]]
-        block = g_TnD.new_empty(g_TnD.shape[1], last)
-        for position, g_nD in enumerate(g_TnD):
+        last = here.starts[g_nTD.shape[1]]
+        block = g_nTD.new_empty(len(g_nTD), last)
+        for position in range(g_nTD.shape[1]):
             start, stop = here.starts[position], here.starts[position + 1]
             if stop > start:
-                torch.mm(g_nD, here.vector[start:stop].T, out=block[:, start:stop])
-        rows[: g_TnD.shape[1]].index_add_(1, here.column[:last], block)
+                block[:, start:stop] = g_nTD[:, position] @ here.vector[start:stop].T
+        rows[: len(g_nTD)].index_add_(1, here.column[:last], block)
     return rows
 
 

@@ -37,17 +37,21 @@ class OperatorEngine:
         self.frozen: FrozenModel = freeze(module, sites, run, norms, sides)
         self.dtype = attribution_dtype(run.final.dtype)
         self.inputs = input_values(run, sides)
-        self.final = self.frozen.final_norm.forward(run.final.to(self.dtype)[:, None])[:, 0]
+        self.final = self.frozen.final_norm.forward(run.final.to(self.dtype))
         self._position = run.position_embedding
 
     def constants(self, biases: Sequence[Tensor | None]) -> tuple[list[Tensor], Tensor]:
         """See ``candidates.Engine.constants``."""
-        start = torch.zeros_like(self.final)[:, None]
+        start = torch.zeros_like(self.final)
         if self._position is not None:
-            start = start + self._position.to(self.dtype)[:, None]
+            start = start + self._position.to(self.dtype)
         outputs = [None if bias is None else bias.expand_as(start) for bias in biases]
         replay = self.frozen.replay(start, outputs, constants=True)
-        return [read[:, 0] for read in replay.reads], replay.final[:, 0]
+        return replay.reads, replay.final
+
+    def written(self, layer: int, vectors: Tensor, positions: Tensor) -> Tensor:
+        """See ``candidates.Engine.written``: as they stand in the residual stream."""
+        return self.frozen.to_stream(layer, vectors, positions)
 
     def rows(self, sources: dict[int, SiteSources], targets: Targets, n_columns: int) -> Tensor:
         """See ``candidates.Engine.rows``."""

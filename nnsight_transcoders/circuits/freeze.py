@@ -65,7 +65,7 @@ def freeze_norms(module: nn.Module, sites: Sites, run: Run) -> dict[str, FrozenN
             if path is not None and path not in norms:
                 norms[path] = freeze_norm(module, path, x)
         if layer.mlp_norm is not None:
-            found = norms[layer.mlp_norm].forward(run.mid[number].to(dtype)[:, None])[:, 0]
+            found = norms[layer.mlp_norm].forward(run.mid[number].to(dtype))
             what = f"the input of {layer.mlp_in}"
             _require(found, run.mlp_in[number], TOLERANCE[run.final.dtype], what, layer.mlp_norm)
     norms[sites.final_norm] = freeze_norm(module, sites.final_norm, run.final)
@@ -116,7 +116,7 @@ def input_values(run: Run, sides: Sequence[MlpSide]) -> list[Tensor]:
     for number, side in enumerate(sides):
         if side.site == "N0":
             assert side.read is not None
-            values.append(side.read.forward(run.mid[number].to(dtype)[:, None])[:, 0])
+            values.append(side.read.forward(run.mid[number].to(dtype)))
         else:
             values.append((run.mid if side.site == "R" else run.mlp_in)[number].to(dtype))
     return values
@@ -157,7 +157,7 @@ def freeze(
             )
         )
     frozen = FrozenModel(tuple(layers), norms[sites.final_norm], sites.parallel)
-    _check_residual(frozen, sites, run, norms)
+    _check_residual(frozen, sites, run)
     return frozen
 
 
@@ -168,7 +168,7 @@ def freeze_norm(module: nn.Module, path: str, x: Tensor) -> FrozenNorm:
         SiteError: It is neither a LayerNorm nor an RMSNorm.
     """
     spec = norm_spec(module.get_submodule(path), path, x)
-    scale = spec.scale(x.to(attribution_dtype(x.dtype))).view(-1, 1, 1)
+    scale = spec.scale(x.to(attribution_dtype(x.dtype)))
     return FrozenNorm(spec.gain, spec.bias, scale, spec.centred)
 
 
@@ -220,7 +220,7 @@ def _attention(
     dtype, limit = attribution_dtype(run.final.dtype), TOLERANCE[run.final.dtype]
     value = linear_weight(module.get_submodule(layer.value), sites.d_model, dtype)
     out = linear_weight(module.get_submodule(layer.out_proj), sites.n_heads * sites.head_dim, dtype)
-    x = run.resid[number].to(dtype)[:, None]
+    x = run.resid[number].to(dtype)
     x = x if norm is None else norm.forward(x)
     pattern = run.pattern[number].to(dtype)
     layouts: list[ValueLayout] = [layer.value_layout]
@@ -230,7 +230,7 @@ def _attention(
     for layout in layouts:
         W_V, b_V = split_value(*value, sites, layout)
         attention = FrozenAttention(pattern, W_V, b_V, *out)
-        difference = relative_difference(attention.forward(x)[:, 0], run.attended[number].to(dtype))
+        difference = relative_difference(attention.forward(x), run.attended[number].to(dtype))
         if difference <= limit:
             return attention
         differences.append(difference)
@@ -242,9 +242,7 @@ def _attention(
     )
 
 
-def _check_residual(
-    frozen: FrozenModel, sites: Sites, run: Run, norms: Mapping[str, FrozenNorm]
-) -> None:
+def _check_residual(frozen: FrozenModel, sites: Sites, run: Run) -> None:
     """The residual stream must be the sum of the parts that ``sites`` says it is the sum of."""
     dtype, limit = attribution_dtype(run.final.dtype), TOLERANCE[run.final.dtype]
     if run.position_embedding is not None:
@@ -252,25 +250,13 @@ def _check_residual(
         _require(start, run.resid[0], limit, f"the input of {sites.layers[0].block}", "embeddings")
     for number, (here, after) in enumerate(pairwise([*run.resid, run.final])):
         layer, block = frozen.layers[number], sites.layers[number].block
-        attended = run.attended[number].to(dtype)[:, None]
+        attended = run.attended[number].to(dtype)
         if layer.attention_post_norm is not None:
             attended = layer.attention_post_norm.forward(attended)
-        mid = here.to(dtype) + attended[:, 0]
+        mid = here.to(dtype) + attended
         if not sites.parallel:
-            _require(
-                mid,
-                run.mid[number],
-                limit,
-                f"the MLP's residual input in {block}",
-                "block input + attention",
-            )
-        mlp_norm = sites.layers[number].mlp_norm
-        read = run.mid[number].to(dtype)
-        if mlp_norm is not None:
-            read = norms[mlp_norm].forward(read[:, None])[:, 0]
-        _require(
-            read, run.mlp_in[number], limit, f"the MLP's input in {block}", "its norm of site R"
-        )
+            what = f"the MLP's residual input in {block}"
+            _require(mid, run.mid[number], limit, what, "block input + attention")
         total = mid + run.mlp_post[number].to(dtype)
         _require(total, after, limit, f"the output of {block}", "block input + attention + MLP")
 

@@ -8,15 +8,19 @@ remote traces, where gradients may not exist):
 * ``FrozenModel.sweep`` takes cotangents down: one sweep gives every edge into a batch of targets;
 * ``FrozenModel.replay`` pushes values up, with or without the constant terms.
 
-Shape legend: T positions, B batch (targets, or vectors pushed), D d_model, H query heads, K value
-heads, g = H / K heads per value head, E width of a head. Residual-stream tensors are ``_TBD``:
-position first, so that "all targets at one position" is a contiguous matrix.
+The two are written separately: ``replay`` applies norms and attention part by part, as the model
+does; ``sweep`` uses them folded into three matrix products a layer. Tests hold one against the
+other.
+
+Shape legend: B batch (targets, or vectors pushed), T positions, D d_model, H query heads, K value
+heads, g = H / K heads per value head, E width of a head, S source positions (as T).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -31,7 +35,7 @@ class FrozenNorm:
     Attributes:
         gain: ``(D,)`` with Gemma's ``1 + w`` already applied.
         bias: ``(D,)`` or None.
-        scale: ``(T, 1, 1)`` the inverse of the denominator at each position.
+        scale: ``(T, 1)`` the inverse of the denominator at each position.
         centred: Whether the mean is subtracted.
     """
 
@@ -40,31 +44,35 @@ class FrozenNorm:
     scale: Tensor
     centred: bool
 
-    def linear(self, x_TBD: Tensor) -> Tensor:
+    def linear(self, x_BTD: Tensor) -> Tensor:
         """The map without its bias."""
-        if self.centred:
-            x_TBD = x_TBD - x_TBD.mean(-1, keepdim=True)
-        return x_TBD * self.scale[: x_TBD.shape[0]] * self.gain
+        return self.fold_out(x_BTD) * self.scale
 
-    def forward(self, x_TBD: Tensor) -> Tensor:
+    def linear_at(self, x_BD: Tensor, positions: Tensor) -> Tensor:
+        """``linear`` of vectors that stand at one position each: ``(B, D)`` and ``(B,)``."""
+        return self.fold_out(x_BD) * self.scale[positions]
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
         """The map with its bias."""
-        out = self.linear(x_TBD)
+        out = self.linear(x_BTD)
         return out if self.bias is None else out + self.bias
 
-    def adjoint(self, g_TBD: Tensor) -> Tensor:
-        """The transpose of ``linear``: ``g -> P (gain * g) * scale``."""
-        return self._adjoint(g_TBD, self.scale[: g_TBD.shape[0]])
-
     def adjoint_at(self, g_BD: Tensor, positions: Tensor) -> Tensor:
-        """``adjoint`` of cotangents that stand at one position each: ``(B, D)`` and ``(B,)``."""
-        return self._adjoint(g_BD, self.scale[positions].view(-1, 1))
+        """The transpose ``g -> P (gain * g) * scale`` of cotangents that stand at one position
+        each: ``(B, D)`` and ``(B,)``."""
+        return self.fold_in(g_BD) * self.scale[positions]
 
-    def _adjoint(self, g: Tensor, scale: Tensor) -> Tensor:
-        g = g * self.gain
-        if self.centred:
-            g -= g.mean(-1, keepdim=True)
-        g *= scale
-        return g
+    def fold_in(self, rows: Tensor) -> Tensor:
+        """``P (gain * row)`` of rows ``(..., D)`` that read this norm's output: the same rows as
+        they read its input, but for the denominators."""
+        rows = rows * self.gain
+        return rows - rows.mean(-1, keepdim=True) if self.centred else rows
+
+    def fold_out(self, rows: Tensor) -> Tensor:
+        """``gain * P row`` of rows ``(..., D)`` that write to this norm's input: the same rows as
+        they write to its output, but for the denominators."""
+        rows = rows - rows.mean(-1, keepdim=True) if self.centred else rows
+        return rows * self.gain
 
 
 @dataclass(frozen=True)
@@ -85,37 +93,30 @@ class FrozenAttention:
     W_O: Tensor
     b_O: Tensor | None
 
-    def _grouped(self, n_positions: int) -> tuple[Tensor, int, int]:
-        """The pattern as ``(K, g, T, T)``, and E and g."""
-        n_heads = self.pattern.shape[0]
-        head_dim = self.W_O.shape[1] // n_heads
-        n_values = self.W_V.shape[0] // head_dim
-        pattern = self.pattern[:, :n_positions, :n_positions]
-        return pattern.unflatten(0, (n_values, -1)), head_dim, n_heads // n_values
+    @property
+    def head_dim(self) -> int:
+        """E."""
+        return self.W_O.shape[1] // self.pattern.shape[0]
 
-    def _mix(self, v_TBX: Tensor) -> Tensor:
-        """Values ``(T, B, K * E)`` -> attention's output before its bias ``(T, B, D)``."""
-        pattern_KgTS, head_dim, _ = self._grouped(v_TBX.shape[0])
-        v_SBKE = v_TBX.unflatten(-1, (-1, head_dim))
-        z = torch.einsum("kgts,sbke->tbkge", pattern_KgTS, v_SBKE)
-        return z.flatten(2) @ self.W_O.T
+    @property
+    def pattern_KgTS(self) -> Tensor:
+        """The pattern with query heads grouped by the value head they use."""
+        return self.pattern.unflatten(0, (self.W_V.shape[0] // self.head_dim, -1))
 
-    def linear(self, x_TBD: Tensor) -> Tensor:
+    def linear(self, x_BTD: Tensor) -> Tensor:
         """Attention without biases."""
-        return self._mix(x_TBD @ self.W_V.T)
+        return self._mix(x_BTD @ self.W_V.T)
 
-    def forward(self, x_TBD: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor) -> Tensor:
         """Attention with the biases of values and output."""
-        v = x_TBD @ self.W_V.T
+        v = x_BTD @ self.W_V.T
         out = self._mix(v if self.b_V is None else v + self.b_V)
         return out if self.b_O is None else out + self.b_O
 
-    def adjoint(self, g_TBD: Tensor) -> Tensor:
-        """The transpose of ``linear``: the pulled-back vectors ``P^T g W_O W_V``."""
-        pattern_KgTS, head_dim, group = self._grouped(g_TBD.shape[0])
-        z_TBKgE = (g_TBD @ self.W_O).unflatten(-1, (-1, group, head_dim))
-        v_SBKE = torch.einsum("kgts,tbkge->sbke", pattern_KgTS, z_TBKgE)
-        return v_SBKE.flatten(2) @ self.W_V
+    def _mix(self, v: Tensor) -> Tensor:
+        v_BSKE = v.unflatten(-1, (-1, self.head_dim))
+        z = torch.einsum("kgts,...ske->...tkge", self.pattern_KgTS, v_BSKE)
+        return z.flatten(-3) @ self.W_O.T
 
 
 @dataclass(frozen=True)
@@ -138,24 +139,66 @@ class FrozenLayer:
     write: FrozenNorm | None
     skip: Tensor | None
 
-    def attend(self, r_TBD: Tensor, *, constants: bool) -> Tensor:
+    def attend(self, r_BTD: Tensor, *, constants: bool) -> Tensor:
         """What attention adds to the residual stream when it reads ``r``."""
-        chain = (self.attention_norm, self.attention, self.attention_post_norm)
-        for part in chain:
+        for part in (self.attention_norm, self.attention, self.attention_post_norm):
             if part is not None:
-                r_TBD = part.forward(r_TBD) if constants else part.linear(r_TBD)
-        return r_TBD
+                r_BTD = part.forward(r_BTD) if constants else part.linear(r_BTD)
+        return r_BTD
 
-    def attend_adjoint(self, g_TBD: Tensor) -> Tensor:
-        """The transpose of ``attend`` without constants."""
-        for part in (self.attention_post_norm, self.attention, self.attention_norm):
-            if part is not None:
-                g_TBD = part.adjoint(g_TBD)
-        return g_TBD
 
-    def read_adjoint(self, g_TBD: Tensor) -> Tensor:
-        """From cotangents at the input site to cotangents at the residual stream."""
-        return g_TBD if self.read is None else self.read.adjoint(g_TBD)
+class FoldedLayer:
+    """The transpose of one block's linear parts, as few matrix products as it takes.
+
+    Denominators go into the pattern's rows (after attention) and columns (before it), gains and
+    centring into the weights; likewise for the skip path from the output to the input site.
+
+    Args:
+        layer: The block.
+    """
+
+    def __init__(self, layer: FrozenLayer) -> None:
+        attention = layer.attention
+        pattern, self._out, self._value = attention.pattern_KgTS, attention.W_O, attention.W_V
+        self._head_dim = attention.head_dim
+        if (norm := layer.attention_norm) is not None:
+            pattern = pattern * norm.scale.view(1, 1, 1, -1)
+            self._value = norm.fold_in(self._value)
+        if (norm := layer.attention_post_norm) is not None:
+            pattern = pattern * norm.scale.view(1, 1, -1, 1)
+            self._out = norm.fold_out(self._out.T).T
+        self._pattern = pattern
+        self._skip = self._skip_scale = None
+        if layer.skip is not None:
+            skip, scale = layer.skip, pattern.new_ones(pattern.shape[-1], 1)
+            if layer.write is not None:
+                skip, scale = layer.write.fold_out(skip.T).T, scale * layer.write.scale
+            if layer.read is not None:
+                skip, scale = layer.read.fold_in(skip), scale * layer.read.scale
+            self._skip, self._skip_scale = skip, scale
+
+    def values(self, g_BTD: Tensor) -> Tensor:
+        """Cotangents after attention -> cotangents of the values ``(B * T, K * E)``."""
+        n_batch, n_positions, _ = g_BTD.shape
+        pattern = self._pattern[..., :n_positions, :n_positions]
+        n_values, group = pattern.shape[:2]
+        z = (g_BTD.flatten(0, 1) @ self._out).view(
+            n_batch, n_positions, n_values, group, self._head_dim
+        )
+        z = z.permute(2, 3, 1, 0, 4).reshape(n_values, group * n_positions, -1)
+        mixed = pattern.permute(0, 3, 1, 2).flatten(2) @ z
+        mixed = mixed.view(n_values, n_positions, n_batch, self._head_dim)
+        return mixed.permute(2, 1, 0, 3).reshape(n_batch * n_positions, -1)
+
+    def add_attention(self, g_BTD: Tensor, values: Tensor) -> None:
+        """Add to ``g``, in place, what comes back through the values."""
+        g_BTD.flatten(0, 1).addmm_(values, self._value)
+
+    def skipped(self, g_BTD: Tensor) -> Tensor | None:
+        """What comes back through the transcoder's skip path, at the residual stream it reads."""
+        if self._skip is None or self._skip_scale is None:
+            return None
+        return (g_BTD * self._skip_scale[: g_BTD.shape[1]]) @ self._skip
 
 
 @dataclass(frozen=True)
@@ -176,12 +219,12 @@ class Targets:
 
 @dataclass(frozen=True)
 class Replay:
-    """What ``FrozenModel.replay`` gives.
+    """What ``FrozenModel.replay`` gives; shapes as those of the embedding it was given.
 
     Attributes:
-        reads: Per layer, the input-site value ``(T, B, D)``.
-        outputs: Per layer, the output-site value ``(T, B, D)``.
-        final: The final norm's output ``(T, B, D)``.
+        reads: Per layer, the input-site value.
+        outputs: Per layer, the output-site value.
+        final: The final norm's output.
     """
 
     reads: list[Tensor]
@@ -208,53 +251,57 @@ class FrozenModel:
         """Number of blocks."""
         return len(self.layers)
 
+    @cached_property
+    def _folded(self) -> list[FoldedLayer]:
+        return [FoldedLayer(layer) for layer in self.layers]
+
+    def to_stream(self, layer: int, vectors: Tensor, positions: Tensor) -> Tensor:
+        """What vectors ``(m, D)`` at layer ``layer``'s output site add to the residual stream."""
+        write = self.layers[layer].write
+        return vectors if write is None else write.linear_at(vectors, positions)
+
     def sweep(self, targets: Targets) -> Iterator[tuple[int, Tensor]]:
-        """Cotangents at every output site below the targets, from the top down.
+        """Cotangents of the residual stream below the targets, from the top down.
 
         Targets enter at their own layer, so one sweep serves them all; positions after the last
-        target's are cut.
+        target's are cut. The tensors are views of one buffer: use each before the next.
 
         Yields:
-            ``(layer, g)`` with ``g (T', n, D)`` the cotangents at that layer's output site of the
-            first ``n`` targets (those above it), and at last ``(-1, g)`` with those of all targets
-            at the embedding. ``T'`` is the last target's position plus one.
+            ``(layer, g)`` with ``g (n, T', D)`` the cotangents at that layer's contribution to the
+            stream of the first ``n`` targets (those above it), and at last ``(-1, g)`` with those
+            of all targets at the embedding. ``T'`` is the last target's position plus one.
         """
         n_positions = int(targets.position.max()) + 1
-        width = targets.vector.shape[1]
-        g = targets.vector.new_zeros(n_positions, 0, width)
-        g = self._enter(g, targets, self.n_layers, self.final_norm)
-        for number in range(int(targets.layer.max().clamp_max(self.n_layers - 1)), -1, -1):
-            layer = self.layers[number]
-            g_write = g if layer.write is None else layer.write.adjoint(g)
-            if g.shape[1]:
-                yield number, g_write
-            if layer.skip is not None and g.shape[1]:
-                skipped = layer.read_adjoint(g_write @ layer.skip)
-            else:
-                skipped = None
-            if self.parallel:
-                below = g + layer.attend_adjoint(g) if g.shape[1] else g
-                g = below if skipped is None else below + skipped
-                g = self._enter(g, targets, number, layer.read)
-            else:
-                g = g if skipped is None else g + skipped
-                g = self._enter(g, targets, number, layer.read)
-                g = g + layer.attend_adjoint(g)
-        yield -1, g
+        buffer = targets.vector.new_zeros(len(targets.vector), n_positions, targets.vector.shape[1])
+        n = self._enter(buffer, targets, self.n_layers, self.final_norm)
+        top = int(targets.layer.max().clamp_max(self.n_layers - 1))
+        for number in range(top, -1, -1):
+            layer, folded, g = self.layers[number], self._folded[number], buffer[:n]
+            if n:
+                yield number, g
+                skipped = folded.skipped(g)
+                values = folded.values(g) if self.parallel else None
+                if skipped is not None:
+                    g += skipped
+                if values is not None:
+                    folded.add_attention(g, values)
+            n = self._enter(buffer, targets, number, layer.read)
+            if n and not self.parallel:
+                folded.add_attention(buffer[:n], folded.values(buffer[:n]))
+        yield -1, buffer
 
-    def _enter(
-        self, g_TBD: Tensor, targets: Targets, layer: int, norm: FrozenNorm | None
-    ) -> Tensor:
-        """Append the targets that stand at ``layer``'s input site."""
+    def _enter(self, buffer: Tensor, targets: Targets, layer: int, norm: FrozenNorm | None) -> int:
+        """Put the targets that stand at ``layer``'s input site into their rows of the buffer.
+
+        Returns:
+            The number of rows in use: those of all targets at this layer or above.
+        """
         rows = (targets.layer == layer).nonzero().flatten()
-        if not len(rows):
-            return g_TBD
         vectors, positions = targets.vector[rows], targets.position[rows]
         if norm is not None:
             vectors = norm.adjoint_at(vectors, positions)
-        new = g_TBD.new_zeros(g_TBD.shape[0], len(rows), g_TBD.shape[2])
-        new[positions, torch.arange(len(rows), device=new.device)] = vectors
-        return torch.cat([g_TBD, new], dim=1)
+        buffer[rows, positions] = vectors
+        return int((targets.layer >= layer).sum())
 
     def replay(
         self, embedding: Tensor, outputs: Sequence[Tensor | None], *, constants: bool
@@ -262,9 +309,9 @@ class FrozenModel:
         """Push values up through the frozen model.
 
         Args:
-            embedding: ``(T, B, D)`` at the start of the residual stream.
-            outputs: Per layer, ``(T, B, D)`` to add at the output site, or None for nothing. The
-                skip path of a skip transcoder is added by the replay itself.
+            embedding: ``(T, D)`` or ``(B, T, D)`` at the start of the residual stream.
+            outputs: Per layer, what to add at the output site (shaped alike), or None for nothing.
+                The skip path of a skip transcoder is added by the replay itself.
             constants: Whether to add the constant terms (biases of norms, values and attention
                 output). With them and a run's own outputs the replay gives back that run; with
                 zero sources it gives what the constants alone contribute; without them it is the

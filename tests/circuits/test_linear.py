@@ -8,7 +8,13 @@ import zoo
 from setups import engine, relative, run
 from torch import Tensor
 
-from nnsight_transcoders.circuits.linear import FrozenAttention, FrozenNorm, Targets
+from nnsight_transcoders.circuits.linear import (
+    FoldedLayer,
+    FrozenAttention,
+    FrozenLayer,
+    FrozenNorm,
+    Targets,
+)
 
 T, B, D = 5, 3, 8
 
@@ -18,7 +24,7 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 
 
 def norm(centred: bool) -> FrozenNorm:
-    return FrozenNorm(randn(D, seed=1), randn(D, seed=2), randn(T, 1, 1, seed=3).abs(), centred)
+    return FrozenNorm(randn(D, seed=1), randn(D, seed=2), randn(T, 1, seed=3).abs(), centred)
 
 
 def attention(n_heads: int, n_values: int, head_dim: int = 4) -> FrozenAttention:
@@ -34,24 +40,45 @@ def attention(n_heads: int, n_values: int, head_dim: int = 4) -> FrozenAttention
 
 @pytest.mark.parametrize("centred", [True, False])
 def test_norm_adjoint(centred: bool) -> None:
-    part, x, g = norm(centred), randn(T, B, D), randn(T, B, D, seed=9)
-    assert torch.allclose((g * part.linear(x)).sum(), (part.adjoint(g) * x).sum())
-
-
-@pytest.mark.parametrize("centred", [True, False])
-def test_norm_adjoint_at_one_position(centred: bool) -> None:
-    part, g = norm(centred), randn(B, D)
+    part, x, g = norm(centred), randn(B, D), randn(B, D, seed=9)
     positions = torch.tensor([4, 0, 2])
-    whole = torch.zeros(T, B, D, dtype=torch.float64)
-    whole[positions, torch.arange(B)] = g
-    expected = part.adjoint(whole)[positions, torch.arange(B)]
-    assert torch.allclose(part.adjoint_at(g, positions), expected)
+    whole = torch.zeros(B, T, D, dtype=torch.float64)
+    whole[torch.arange(B), positions] = x
+    pushed = part.linear(whole)[torch.arange(B), positions]
+    assert torch.allclose(part.linear_at(x, positions), pushed)
+    assert torch.allclose((g * pushed).sum(-1), (part.adjoint_at(g, positions) * x).sum(-1))
 
 
+NORMS = [(None, None), (True, False), (False, True), (True, True)]
+
+
+@pytest.mark.parametrize("norms", NORMS)
 @pytest.mark.parametrize(("n_heads", "n_values"), [(4, 4), (4, 2), (4, 1)])
-def test_attention_adjoint(n_heads: int, n_values: int) -> None:
-    part, x, g = attention(n_heads, n_values), randn(T, B, D), randn(T, B, D, seed=9)
-    assert torch.allclose((g * part.linear(x)).sum(), (part.adjoint(g) * x).sum())
+def test_folded_attention_is_the_adjoint(n_heads: int, n_values: int, norms: tuple) -> None:
+    """<g, A x> = <A^T g, x> for attention between norms of either kind, and autograd agrees."""
+    first, last = (None if centred is None else norm(centred) for centred in norms)
+    layer = FrozenLayer(attention(n_heads, n_values), first, last, None, None, None)
+    folded = FoldedLayer(layer)
+    x, g = randn(B, T, D).requires_grad_(), randn(B, T, D, seed=9)
+    out = torch.zeros_like(g)
+    folded.add_attention(out, folded.values(g))
+    assert torch.allclose((g * layer.attend(x, constants=False)).sum(), (out * x).sum())
+    layer.attend(x, constants=True).backward(g)
+    assert x.grad is not None
+    assert torch.allclose(out, x.grad)
+
+
+@pytest.mark.parametrize("norms", NORMS)
+def test_folded_skip_is_the_adjoint(norms: tuple) -> None:
+    read, write = (None if centred is None else norm(centred) for centred in norms)
+    layer = FrozenLayer(attention(4, 2), None, None, read, write, randn(D, D, seed=11))
+    x, g = randn(B, T, D), randn(B, T, D, seed=9)
+    assert layer.skip is not None
+    out = (x if read is None else read.linear(x)) @ layer.skip.T
+    out = out if write is None else write.linear(out)
+    back = FoldedLayer(layer).skipped(g)
+    assert back is not None
+    assert torch.allclose((g * out).sum(), (back * x).sum())
 
 
 @pytest.mark.parametrize(("n_heads", "n_values"), [(4, 4), (4, 2), (4, 1)])
@@ -66,15 +93,7 @@ def test_attention_is_a_sum_over_heads(n_heads: int, n_values: int) -> None:
         values = x @ part.W_V[rows].T + part.b_V[rows]
         out = part.W_O[:, head * head_dim : (head + 1) * head_dim]
         expected += part.pattern[head] @ values @ out.T
-    assert torch.allclose(part.forward(x[:, None])[:, 0], expected)
-
-
-def test_attention_adjoint_equals_autograd_with_biases() -> None:
-    part, x = attention(4, 2), randn(T, 1, D).requires_grad_()
-    g = randn(T, 1, D, seed=9)
-    part.forward(x).backward(g)
-    assert x.grad is not None
-    assert torch.allclose(part.adjoint(g), x.grad)
+    assert torch.allclose(part.forward(x), expected)
 
 
 def test_norm_ratio_fails_where_the_adjoint_holds() -> None:
@@ -84,10 +103,10 @@ def test_norm_ratio_fails_where_the_adjoint_holds() -> None:
     gain = randn(D, seed=1).abs() + 0.1
     layer_norm = torch.nn.functional.layer_norm
     scale = 1 / x.var(-1, unbiased=False, keepdim=True).sqrt()
-    frozen = FrozenNorm(gain, None, scale.view(1, 1, 1), True)
+    frozen = FrozenNorm(gain, None, scale, True)
     direction = randn(D, seed=2)
     exact = float(layer_norm(x, (D,), gain, eps=0.0) @ direction)
-    ours = float((frozen.adjoint(direction.view(1, 1, D))[0, 0] * x[0]).sum())
+    ours = float((frozen.adjoint_at(direction[None], torch.tensor([0]))[0] * x[0]).sum())
     ratio = float(layer_norm(x, (D,), gain, eps=0.0).norm() / x.norm() * (x @ direction))
     assert abs(ours - exact) < 1e-9 * abs(exact)
     assert abs(ratio - exact) > 0.1 * abs(exact)
@@ -100,17 +119,13 @@ def test_replay_gives_back_the_run(name: str, kind: str) -> None:
     frozen, active = engine(name, kind)
     outputs = []
     for layer in range(sites.n_layers):
-        skip = frozen.frozen.layers[layer].skip
-        output = active.output[layer]
-        outputs.append(
-            (output if skip is None else output - frozen.inputs[layer] @ skip.T)[:, None]
-        )
-    start = the_run.resid[0][:, None]
-    replay = frozen.frozen.replay(start, outputs, constants=True)
+        skip, output = frozen.frozen.layers[layer].skip, active.output[layer]
+        outputs.append(output if skip is None else output - frozen.inputs[layer] @ skip.T)
+    replay = frozen.frozen.replay(the_run.resid[0], outputs, constants=True)
     for layer in range(sites.n_layers):
-        assert relative(replay.reads[layer][:, 0], frozen.inputs[layer]) < 1e-5
-        assert relative(replay.outputs[layer][:, 0], active.output[layer]) < 1e-5
-    assert relative(replay.final[:, 0], frozen.final) < 1e-5
+        assert relative(replay.reads[layer], frozen.inputs[layer]) < 1e-5
+        assert relative(replay.outputs[layer], active.output[layer]) < 1e-5
+    assert relative(replay.final, frozen.final) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt-neox", "gemma2", "olmo2", "falcon-new", "bloom"])
@@ -123,19 +138,21 @@ def test_sweep_is_the_adjoint_of_replay(name: str) -> None:
     layer = torch.tensor([sites.n_layers, 2, 1, 1, 0])
     position = torch.tensor([6, 3, 5, 0, 4])
     targets = Targets(randn(5, d_model, seed=1), layer, position)
-    swept = dict(frozen.sweep(targets))
+    swept = {site: g.clone() for site, g in frozen.sweep(targets)}
     for site in (-1, 0, 1, 2):
-        vector = randn(n_positions, 1, d_model, seed=site + 10)
+        vector = randn(n_positions, d_model, seed=site + 10)
         start = vector if site == -1 else torch.zeros_like(vector)
         outputs = [vector if site == n else None for n in range(sites.n_layers)]
         replay = frozen.replay(start, outputs, constants=False)
         reads = [*replay.reads, replay.final]
+        every = torch.arange(n_positions)
+        added = vector if site == -1 else frozen.to_stream(site, vector, every)
         for row in range(5):
-            pushed = float(reads[layer[row]][position[row], 0] @ targets.vector[row])
+            pushed = float(reads[layer[row]][position[row]] @ targets.vector[row])
             g = swept.get(site)
             pulled = 0.0
-            if g is not None and row < g.shape[1]:
-                pulled = float((g[:, row] * vector[: len(g), 0]).sum())
+            if g is not None and row < len(g):
+                pulled = float((g[row] * added[: g.shape[1]]).sum())
             assert pulled == pytest.approx(pushed, rel=1e-9, abs=1e-12)
             if site >= layer[row]:
                 assert pushed == 0.0

@@ -1,0 +1,215 @@
+"""Time and memory of ``attribute`` on models of known shapes, against what they must at least cost.
+
+    python benchmarks/attribution.py [--shape gpt2|smollm2] [--quick]
+
+Random weights do for speed. Every figure is a ratio measured inside one run, since absolute times
+on a shared machine say little: the edge phase is compared with the time that its unavoidable
+floating-point operations take at the rate of a plain large ``torch.matmul``, measured around it.
+
+The least operations (docs/scaling.md): a target at layer l and position t crosses the attention of
+layers l, ..., 0 (sequential blocks). At the first it stands at one position only; below, at t + 1:
+
+    W_O      2 D HE          per position
+    pattern  2 HE            per (destination, source) pair, source <= destination
+    W_V      2 KE D          per position
+    sources  2 D             per source at a lower layer and no later position
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nnsight
+import torch
+import transformers
+
+from nnsight_transcoders.check import random_transcoders
+from nnsight_transcoders.circuits.active import active_features
+from nnsight_transcoders.circuits.candidates import Candidates
+from nnsight_transcoders.circuits.collect import collect
+from nnsight_transcoders.circuits.edges import MEMORY_BUDGET
+from nnsight_transcoders.circuits.engine import OperatorEngine
+from nnsight_transcoders.circuits.expand import expand
+from nnsight_transcoders.circuits.targets import choose_targets
+from nnsight_transcoders.sites import resolve_sites
+
+SHAPES: dict[str, Callable[[], Any]] = {
+    "gpt2": lambda: transformers.GPT2Config(vocab_size=5000, n_positions=1024),
+    "smollm2": lambda: transformers.LlamaConfig(
+        vocab_size=5000,
+        hidden_size=576,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        intermediate_size=1536,
+        max_position_embeddings=2048,
+    ),
+}
+
+
+@dataclass
+class Case:
+    """One prepared problem."""
+
+    label: str
+    engine: OperatorEngine
+    candidates: Candidates
+    phases: dict[str, float]
+
+
+class PeakMemory:
+    """Samples the process's resident memory in a thread (Linux)."""
+
+    def __init__(self) -> None:
+        self._page = 4096
+        self._stop = threading.Event()
+        self.start = self.peak = self._resident()
+
+    def _resident(self) -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * self._page
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.002):
+            self.peak = max(self.peak, self._resident())
+
+    def __enter__(self) -> PeakMemory:
+        self.start = self.peak = self._resident()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.peak = max(self.peak, self._resident())
+
+    @property
+    def megabytes(self) -> float:
+        """Growth over the block."""
+        return (self.peak - self.start) / 2**20
+
+
+def matmul_rate(size: int = 1536, repeats: int = 3) -> float:
+    """Floating-point operations per second of one large float32 product."""
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        torch.matmul(a, b)
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / statistics.median(times)
+
+
+@contextmanager
+def phase(phases: dict[str, float], name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    phases[name] = time.perf_counter() - start
+
+
+def prepare(model: Any, n_positions: int, n_targets: int, d_transcoder: int) -> Case:
+    """Collect a run and find its features; TopK makes their number what it is asked to be."""
+    sites = resolve_sites(model)
+    ids = torch.randint(
+        0, sites.vocab_size, (n_positions,), generator=torch.Generator().manual_seed(0)
+    )
+    phases: dict[str, float] = {}
+    k = max(1, round(n_targets / (n_positions * sites.n_layers)))
+    with phase(phases, "collect"):
+        run = collect(model, sites, ids)
+    transcoders = random_transcoders(
+        run, "per-layer", d_transcoder=d_transcoder, activation="topk", k=k, relu_first=False
+    )
+    with phase(phases, "freeze"):
+        engine = OperatorEngine(model._module, sites, run, transcoders)
+    with phase(phases, "features"):
+        active = active_features(run, transcoders, engine.inputs, engine.dtype)
+    chosen = choose_targets(model, model._module, sites, run, engine.final[-1], None, 10, 0.95)
+    candidates = Candidates.build(run, active, chosen, n_positions - 1, engine)
+    label = f"T={n_positions} targets={candidates.n_features} d_transcoder={d_transcoder}"
+    return Case(label, engine, candidates, phases)
+
+
+def least_operations(case: Case) -> float:
+    """Floating-point operations that the edges need at least."""
+    attention = case.engine.frozen.layers[0].attention
+    width_o, width_v = attention.W_O.shape[1], attention.W_V.shape[0]
+    d_model = attention.W_O.shape[0]
+    candidates = case.candidates
+    layer = torch.cat([candidates.layer, candidates.logit_targets().layer - 1]).double()
+    reach = torch.cat([candidates.positions, candidates.logit_targets().position]).double() + 1
+    first = 2 * d_model * width_o + reach * 2 * width_o + reach * 2 * width_v * d_model
+    pairs = reach * (reach + 1) / 2
+    full = reach * 2 * d_model * (width_o + width_v) + pairs * 2 * width_o
+    sources_below = 0.0
+    for n, (at, until) in enumerate(zip(layer.tolist(), reach.tolist(), strict=True)):
+        own = at if n < candidates.n_features else at + 1
+        below = (candidates.layer < own) & (candidates.positions < until)
+        sources_below += float(below.sum()) + own * until + until
+    return float((first + layer * full).sum() + 2 * d_model * sources_below)
+
+
+def matmul_share(case: Case) -> float:
+    """Share of the edge phase's CPU time inside matrix products."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        expand(case.candidates, case.engine, 10**6, MEMORY_BUDGET, verbose=False)
+    rows = profile.key_averages()
+    total = sum(row.self_cpu_time_total for row in rows)
+    products = ("aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm")
+    return sum(row.self_cpu_time_total for row in rows if row.key in products) / total
+
+
+def measure(case: Case, repeats: int) -> dict[str, float]:
+    """The edge phase against the least time for its operations, alternating."""
+    operations, ratios, seconds = least_operations(case), [], []
+    for _ in range(repeats):
+        before = matmul_rate()
+        start = time.perf_counter()
+        expand(case.candidates, case.engine, 10**6, MEMORY_BUDGET, verbose=False)
+        seconds.append(time.perf_counter() - start)
+        rate = (before + matmul_rate()) / 2
+        ratios.append(seconds[-1] / (operations / rate))
+    with PeakMemory() as memory:
+        expand(case.candidates, case.engine, 10**6, MEMORY_BUDGET, verbose=False)
+    rows = (case.candidates.n_features + 10) * case.candidates.n_columns * 4 / 2**20
+    return {
+        "seconds": statistics.median(seconds),
+        "x least": statistics.median(ratios),
+        "matmul share": matmul_share(case),
+        "peak MB": memory.megabytes,
+        "of it edge matrix MB": rows,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--shape", choices=SHAPES, default="gpt2")
+    parser.add_argument("--quick", action="store_true", help="one small case")
+    parser.add_argument("--repeats", type=int, default=3)
+    arguments = parser.parse_args()
+    module = transformers.AutoModelForCausalLM.from_config(
+        SHAPES[arguments.shape](), attn_implementation="eager"
+    ).eval()
+    model = nnsight.NNsight(module)
+    cases = [(32, n, 4096) for n in (250, 500, 1000, 2000)]
+    cases += [(n, 1000, 4096) for n in (16, 64, 128)] + [(32, 1000, n) for n in (1024, 16384)]
+    if arguments.quick:
+        cases = [(16, 200, 1024)]
+    for n_positions, n_targets, d_transcoder in cases:
+        case = prepare(model, n_positions, n_targets, d_transcoder)
+        found = measure(case, arguments.repeats)
+        others = "  ".join(f"{name} {value:.2f}s" for name, value in case.phases.items())
+        figures = "  ".join(f"{name} {value:.3g}" for name, value in found.items())
+        print(f"{arguments.shape} {case.label}: {figures}  ({others})", flush=True)  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()
