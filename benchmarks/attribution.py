@@ -5,9 +5,10 @@
 Random weights do for speed. Every figure is a ratio measured inside one run, since absolute times
 on a shared machine say little: the edge phase is compared with the time that its unavoidable
 floating-point operations take at the rate of a plain large ``torch.matmul``, measured around it.
+Times are processor times of the whole process, so that other load on the machine does not count.
 
-The least operations (docs/scaling.md): a target at layer l and position t crosses the attention of
-layers l, ..., 0 (sequential blocks). At the first it stands at one position only; below, at t + 1:
+The least operations: a target at layer l and position t crosses the attention of layers l, ..., 0
+(sequential blocks). At the first it stands at one position only; below, at t + 1:
 
     W_O      2 D HE          per position
     pattern  2 HE            per (destination, source) pair, source <= destination
@@ -18,6 +19,8 @@ layers l, ..., 0 (sequential blocks). At the first it stands at one position onl
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import statistics
 import threading
 import time
@@ -81,6 +84,8 @@ class PeakMemory:
             self.peak = max(self.peak, self._resident())
 
     def __enter__(self) -> PeakMemory:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed must not hide what is needed
         self.start = self.peak = self._resident()
         self._thread = threading.Thread(target=self._watch)
         self._thread.start()
@@ -102,17 +107,17 @@ def matmul_rate(size: int = 1536, repeats: int = 3) -> float:
     a, b = torch.randn(size, size), torch.randn(size, size)
     times = []
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = time.process_time()
         torch.matmul(a, b)
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     return 2 * size**3 / statistics.median(times)
 
 
 @contextmanager
 def phase(phases: dict[str, float], name: str) -> Iterator[None]:
-    start = time.perf_counter()
+    start = time.process_time()
     yield
-    phases[name] = time.perf_counter() - start
+    phases[name] = time.process_time() - start
 
 
 def prepare(model: Any, n_positions: int, n_targets: int, d_transcoder: int) -> Case:
@@ -172,20 +177,21 @@ def measure(case: Case, repeats: int) -> dict[str, float]:
     operations, ratios, seconds = least_operations(case), [], []
     for _ in range(repeats):
         before = matmul_rate()
-        start = time.perf_counter()
+        start = time.process_time()
         expand(case.candidates, case.engine, 10**6, MEMORY_BUDGET, verbose=False)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
         rate = (before + matmul_rate()) / 2
         ratios.append(seconds[-1] / (operations / rate))
     with PeakMemory() as memory:
         expand(case.candidates, case.engine, 10**6, MEMORY_BUDGET, verbose=False)
     rows = (case.candidates.n_features + 10) * case.candidates.n_columns * 4 / 2**20
     return {
-        "seconds": statistics.median(seconds),
+        "CPU seconds": statistics.median(seconds),
+        "CPU ms per target": 1000 * statistics.median(seconds) / case.candidates.n_features,
         "x least": statistics.median(ratios),
         "matmul share": matmul_share(case),
         "peak MB": memory.megabytes,
-        "of it edge matrix MB": rows,
+        "of it the edge matrix": rows,
     }
 
 

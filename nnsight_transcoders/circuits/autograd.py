@@ -17,9 +17,10 @@ import nnsight
 import torch
 from torch import Tensor, nn
 
+from nnsight_transcoders.blocks import LayerSites
 from nnsight_transcoders.errors import SiteError
 from nnsight_transcoders.sets import TranscoderSet
-from nnsight_transcoders.sites import LayerSites, Sites
+from nnsight_transcoders.sites import Sites
 
 from .active import output_site
 from .collect import Run, eager_attention

@@ -19,8 +19,8 @@ from torch import Tensor
 from .linear import FrozenModel, Targets
 
 #: Residual-stream rows (targets x positions) per batch: enough for matrix products to run at full
-#: speed, little enough that a batch's working set stays near the caches.
-ROWS_PER_BATCH = 8192
+#: speed, little enough that a batch's working set stays near the caches (docs/benchmarks.md).
+ROWS_PER_BATCH = 3072
 #: Default bound on a batch's own memory, in bytes.
 MEMORY_BUDGET = 512 * 2**20
 

@@ -15,10 +15,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from nnsight_transcoders.blocks import LayerSites, ValueLayout
 from nnsight_transcoders.errors import SiteError
 from nnsight_transcoders.norms import TOLERANCE, norm_spec, relative_difference
 from nnsight_transcoders.sets import TranscoderSet
-from nnsight_transcoders.sites import LayerSites, Sites, ValueLayout
+from nnsight_transcoders.sites import Sites
 
 from .collect import Run
 from .linear import FrozenAttention, FrozenLayer, FrozenModel, FrozenNorm
