@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .builtin import BUILTIN_SETS, builtin_model_path
     from .circuits.attribution import attribute
     from .circuits.graph import AttributionGraph
+    from .circuits.weights import de_embeddings, feature_details, logit_effects
     from .errors import TranscoderError
     from .evaluation import verify
     from .sets import TranscoderSet
@@ -36,7 +37,10 @@ _PUBLIC = {
     "attached": ".attach",
     "attribute": ".circuits.attribution",
     "builtin_model_path": ".builtin",
+    "de_embeddings": ".circuits.weights",
     "detach": ".attach",
+    "feature_details": ".circuits.weights",
+    "logit_effects": ".circuits.weights",
     "resolve_sites": ".sites",
     "scale": ".attach",
     "set_features": ".attach",

@@ -135,6 +135,7 @@ def trace(
     """Trace the circuit of a prompt: writes graph.safetensors and circuit.html."""
     with errors_as_messages():
         from .circuits.attribution import attribute
+        from .circuits.weights import feature_details
 
         _check_thresholds(node_threshold, edge_threshold)
         _check_text(prompt, *(target or []))
@@ -142,8 +143,9 @@ def trace(
         chosen = load_set(transcoders, model, revision=revision)
         if layers:
             chosen = chosen.subset(parse_layers(layers))
+        loaded = load_model(model, dtype, device)
         graph = attribute(
-            load_model(model, dtype, device),
+            loaded,
             chosen,
             prompt,
             targets=target or None,
@@ -155,7 +157,7 @@ def trace(
         pruned = graph.prune(node_threshold, edge_threshold)
         graph_file = graph.save(out_folder / "graph.safetensors")
         page = out_folder / "circuit.html"
-        pruned.to_html(page)
+        pruned.to_html(page, feature_details=feature_details(loaded, chosen, pruned))
     if as_json:
         files = {"graph_file": str(graph_file), "page": str(page)}
         _print_json(_graph_info(graph) | {"pruned": _graph_info(pruned)} | files)

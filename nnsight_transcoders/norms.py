@@ -62,11 +62,16 @@ def norm_spec(norm: nn.Module, path: str, x: Tensor) -> NormSpec:
         SiteError: It is neither a LayerNorm nor an RMSNorm with a gain and perhaps a bias.
     """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+    if any(part is not None and part.shape != x.shape[-1:] for part in (weight, bias)):
+        raise SiteError(
+            f"{path} ({type(norm).__name__}) is neither a LayerNorm nor an RMSNorm: its weight is "
+            f"no gain of shape {tuple(x.shape[-1:])}"
+        )
     with torch.no_grad():
         out = norm(x).to(dtype)
     limit, x = TOLERANCE[x.dtype], x.detach().to(dtype)
     eps = float(getattr(norm, "eps", getattr(norm, "variance_epsilon", 0.0)))
-    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
     weight = torch.ones_like(x[0]) if weight is None else weight.detach().to(dtype)
     bias = None if bias is None else bias.detach().to(dtype)
     candidates = [
@@ -87,3 +92,12 @@ def norm_spec(norm: nn.Module, path: str, x: Tensor) -> NormSpec:
 def relative_difference(found: Tensor, expected: Tensor) -> float:
     """Norm of the difference over the norm of what was expected."""
     return float((found - expected).norm() / expected.norm().clamp_min(1e-30))
+
+
+def probed_spec(module: nn.Module, path: str, d_model: int) -> NormSpec:
+    """``norm_spec`` of a model's norm, found on random values: no run of the model is needed."""
+    norm = module.get_submodule(path)
+    like = next(iter(norm.parameters()), next(module.parameters()))
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randn(4, d_model, generator=generator).to(like.device, like.dtype)
+    return norm_spec(norm, path, probe)
