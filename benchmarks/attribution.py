@@ -1,11 +1,12 @@
 """Time and memory of ``attribute`` on models of known shapes, against what they must at least cost.
 
-    python benchmarks/attribution.py [--shape gpt2|smollm2] [--quick]
+    python benchmarks/attribution.py [--shape gpt2|smollm2] [--quick] [--threads N]
 
 Random weights do for speed. Every figure is a ratio measured inside one run, since absolute times
 on a shared machine say little: the edge phase is compared with the time that its unavoidable
 floating-point operations take at the rate of a plain large ``torch.matmul``, measured around it.
-Times are processor times of the whole process, so that other load on the machine does not count.
+Times are processor times of one thread (``--threads`` for more, on an idle machine), so that other
+load on the machine hardly counts.
 
 The least operations: a target at layer l and position t crosses the attention of layers l, ..., 0
 (sequential blocks). At the first it stands at one position only; below, at t + 1:
@@ -120,14 +121,13 @@ def phase(phases: dict[str, float], name: str) -> Iterator[None]:
     phases[name] = time.process_time() - start
 
 
-def prepare(model: Any, n_positions: int, n_targets: int, d_transcoder: int) -> Case:
-    """Collect a run and find its features; TopK makes their number what it is asked to be."""
+def prepare(model: Any, n_positions: int, k: int, d_transcoder: int) -> Case:
+    """Collect a run and find its features: k at each layer and position."""
     sites = resolve_sites(model)
     ids = torch.randint(
         0, sites.vocab_size, (n_positions,), generator=torch.Generator().manual_seed(0)
     )
     phases: dict[str, float] = {}
-    k = max(1, round(n_targets / (n_positions * sites.n_layers)))
     with phase(phases, "collect"):
         run = collect(model, sites, ids)
     transcoders = random_transcoders(
@@ -168,7 +168,7 @@ def matmul_share(case: Case) -> float:
         expand(case.candidates, case.engine, 10**6, MEMORY_BUDGET, verbose=False)
     rows = profile.key_averages()
     total = sum(row.self_cpu_time_total for row in rows)
-    products = ("aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm")
+    products = ("aten::mm", "aten::bmm", "aten::addmm", "aten::addmm_", "aten::baddbmm")
     return sum(row.self_cpu_time_total for row in rows if row.key in products) / total
 
 
@@ -200,17 +200,19 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="gpt2")
     parser.add_argument("--quick", action="store_true", help="one small case")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
     module = transformers.AutoModelForCausalLM.from_config(
         SHAPES[arguments.shape](), attn_implementation="eager"
     ).eval()
     model = nnsight.NNsight(module)
-    cases = [(32, n, 4096) for n in (250, 500, 1000, 2000)]
-    cases += [(n, 1000, 4096) for n in (16, 64, 128)] + [(32, 1000, n) for n in (1024, 16384)]
+    cases = [(32, k, 4096) for k in (1, 2, 4, 6)]
+    cases += [(16, 4, 4096), (64, 1, 4096), (128, 1, 4096), (32, 2, 1024), (32, 2, 16384)]
     if arguments.quick:
-        cases = [(16, 200, 1024)]
-    for n_positions, n_targets, d_transcoder in cases:
-        case = prepare(model, n_positions, n_targets, d_transcoder)
+        cases = [(16, 1, 1024)]
+    for n_positions, k, d_transcoder in cases:
+        case = prepare(model, n_positions, k, d_transcoder)
         found = measure(case, arguments.repeats)
         others = "  ".join(f"{name} {value:.2f}s" for name, value in case.phases.items())
         figures = "  ".join(f"{name} {value:.3g}" for name, value in found.items())
