@@ -17,24 +17,24 @@ whose ``.output`` is read and written like that of any module.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from nnsight.intervention.envoy import Envoy
-from nnsight.intervention.interleaver import OutOfOrderError
+from nnsight.intervention.interleaver import Mediator, OutOfOrderError
 from torch import Tensor, nn
 
+from .blocks import LayerSites
 from .errors import InputError
 from .models import hf_module
 from .norms import NormSpec, norm_spec
+from .replacement import Mode, Replacement
 from .sets import TranscoderSet
-from .sites import LayerSites, Sites, resolve_sites
-from .transcoder import CrossLayerPart, Transcoder
-
-Mode = Literal["replace", "replace+error", "observe"]
+from .sites import Sites, resolve_sites
 
 
 def attach(
@@ -78,10 +78,7 @@ def attach(
     if layers is not None:
         transcoders = transcoders.subset(layers)
     transcoders.check_model(sites.d_model, sites.n_layers, type(module).__name__)
-    replacements = {
-        layer: Replacement(transcoders, layer, mode).to(_device(module, sites.layers[layer]))
-        for layer in transcoders.layers
-    }
+    replacements = _replacements(module, sites, transcoders, mode)
     edited = model._shallow_copy()
     mounted = nn.ModuleDict({str(layer): r for layer, r in replacements.items()})
     edited.transcoders = Envoy(
@@ -201,8 +198,8 @@ def _edit_features(
     width = node._module.d_transcoder
     if not len(index) or int(index.min()) < 0 or int(index.max()) >= width:
         raise InputError(f"layer {layer} has features 0 to {width - 1}, got {index.tolist()}")
-    where = _selected(node.token_index.output, positions)[..., None]
     acts = node.features.output
+    where = _selected(_own_token_index(node), positions)[..., None]
     index = index.to(acts.device)
     old = acts[..., index]
     edited = acts.clone()
@@ -221,6 +218,16 @@ def _mounted(replaced: Any, layer: int) -> Any:
     return mounted[layer]
 
 
+def _own_token_index(node: Any) -> Tensor:
+    """The token index of the running invoke's rows, once its features have been read.
+
+    ``node.token_index.output`` is the same, but the model is past that location by then.
+    """
+    mediator = Mediator.current(f"{node.path}.features.output")
+    index = node._module.current_token_index
+    return mediator.interleaver.batcher.narrow(index, mediator.batch_group)
+
+
 def _selected(token_index: Tensor, positions: int | Sequence[int] | None) -> Tensor:
     """Mask ``(batch, pos)`` of the positions asked for, in each row's own tokens."""
     if positions is None:
@@ -232,96 +239,29 @@ def _selected(token_index: Tensor, positions: int | Sequence[int] | None) -> Ten
     return ((token_index[..., None] == own) & (own >= 0)).any(-1)
 
 
-# -- the mounted modules and the edit ------------------------------------------------------------
+# -- the edit ------------------------------------------------------------------------------------
 
 
-class Served(nn.Module):
-    """Passes a value on, so that it has a location in the model's tree."""
+def _replacements(
+    module: nn.Module, sites: Sites, transcoders: TranscoderSet, mode: Mode
+) -> dict[int, Replacement]:
+    """Per layer, its replacement on the layer's device; the set's modules stay on theirs."""
+    placed: dict[tuple[int, torch.device], Any] = {}
 
-    def forward(self, value: Tensor) -> Tensor:
-        return value
+    def on(layer: int, device: torch.device) -> Any:
+        part = transcoders[layer]
+        if part.W_enc.device == device:
+            return part
+        if (layer, device) not in placed:
+            placed[layer, device] = copy.deepcopy(part).to(device)
+        return placed[layer, device]
 
-
-class Replacement(nn.Module):
-    """One layer's transcoder as a module of the model (see this module's docstring).
-
-    Args:
-        transcoders: The set; a cross-layer layer needs the parts below it too.
-        layer: Which layer.
-        mode: See ``attach``.
-    """
-
-    transcoder: Transcoder | CrossLayerPart
-    token_index: Served
-    pre_activations: Served
-    features: Served
-    reconstruction: Served
-    error: Served
-
-    def __init__(self, transcoders: TranscoderSet, layer: int, mode: Mode) -> None:
-        super().__init__()
-        own = transcoders[layer]
-        self.layer, self.mode = layer, mode
-        self.d_transcoder = own.config.d_transcoder
-        self.leading_positions = own.config.leading_positions
-        self.input_site, self.output_site = own.config.input_site, own.config.output_site
-        self.transcoder = own
-        below = [transcoders[s] for s in transcoders.layers if s < layer] if _crosses(own) else []
-        self.below = nn.ModuleList(below)
-        for name in ("token_index", "pre_activations", "features", "reconstruction", "error"):
-            setattr(self, name, Served())
-
-    @property
-    def needs_mlp(self) -> bool:
-        """Whether the MLP's own output is wanted."""
-        return self.mode != "replace" or self.leading_positions > 0
-
-    def forward(
-        self, x: Tensor, y: Tensor | None, token_index: Tensor, state: dict[int, tuple]
-    ) -> Tensor:
-        """Features of ``x (batch, pos, d_in)`` and what to put in the MLP's place.
-
-        Args:
-            x: Input-site value.
-            y: Output-site value ``(batch, pos, d_out)``, or None where the MLP is not computed.
-            token_index: ``(batch, pos)``.
-            state: Layer -> (features as computed, features after edits) of this forward pass; the
-                layer adds its own.
-        """
-        token_index = self.token_index(token_index)
-        left_out = (token_index < self.leading_positions)[..., None]
-        clean = self._features(self.transcoder.pre_activations(x), left_out)
-        clean_decoded = self._decode(clean, x, state, 0) if self.mode != "replace" else None
-        pre = self.pre_activations(self.transcoder.pre_activations(x))
-        acts = self.features(self._features(pre, left_out))
-        state[self.layer] = (clean, acts)
-        reconstruction = self.reconstruction(self._decode(acts, x, state, 1).to(x.dtype))
-        if y is None:
-            # A copy: some models add to the MLP's output in place (Falcon).
-            return reconstruction.clone()
-        if clean_decoded is None:
-            return torch.where(left_out, y, reconstruction)
-        error = self.error(y - clean_decoded.to(y.dtype))
-        return y if self.mode == "observe" else reconstruction + error
-
-    def _features(self, pre: Tensor, left_out: Tensor) -> Tensor:
-        acts = self.transcoder.activation(pre)
-        return acts.masked_fill(left_out, 0) if self.leading_positions else acts
-
-    def _decode(self, acts: Tensor, x: Tensor, state: dict[int, tuple], which: int) -> Tensor:
-        if isinstance(self.transcoder, Transcoder):
-            return self.transcoder.decode(acts, x)
-        assert isinstance(self.transcoder, CrossLayerPart)
-        out = self.transcoder.contribution(acts, self.layer)
-        out = out + self.transcoder.b_dec + self.transcoder.skip(x)
-        for part in self.below:
-            assert isinstance(part, CrossLayerPart)
-            out = out + part.contribution(state[part.config.layer][which], self.layer)
-        return out
-
-
-def _crosses(module: nn.Module) -> bool:
-    return isinstance(module, CrossLayerPart)
+    found = {}
+    for layer in transcoders.layers:
+        device = _device(module, sites.layers[layer])
+        below = [s for s in transcoders.layers if s < layer] if transcoders.cross_layer else []
+        found[layer] = Replacement(on(layer, device), [on(s, device) for s in below], mode)
+    return found
 
 
 @dataclass(frozen=True)
@@ -362,26 +302,30 @@ class _Splice:
         shape = (*token_index.shape, mlp_in.shape[-1])
         x = (mlp_in if residual is None else residual).reshape(shape)
         if self.norm is not None:
-            x = self.norm.normalise(x.float()).to(x.dtype)
+            wide = torch.promote_types(x.dtype, torch.float32)
+            x = self.norm.normalise(x.to(wide)).to(x.dtype)
         written = here.mlp_out
         if self.replacement.output_site == "O'" and here.mlp_post_norm is not None:
             written = here.mlp_post_norm
         if self.replacement.needs_mlp:
-            y = edited.get(written).output
-            out = node(x, y.reshape(shape), token_index, state, hook=True)
+            output = edited.get(written).output
+            y, *others = output if isinstance(output, tuple) else (output,)
+            out = node(x, y.reshape(shape), token_index, state, hook=True).reshape(y.shape)
             if self.replacement.mode != "observe":
-                edited.get(written).output = out.reshape(y.shape)
+                edited.get(written).output = (out, *others) if others else out
             return
         out = node(x, None, token_index, state, hook=True).reshape(mlp_in.shape)
         # Between the first and the last part there is at most an elementwise activation, which
-        # takes the MLP's own input as well as anything.
+        # takes the MLP's own input as well as anything. A part that holds the last one has to run.
         for path in dict.fromkeys((here.mlp_in, here.mlp_out, written)):
-            edited.get(path).skip(out if path == written else mlp_in)
+            if not written.startswith(f"{path}.") and not here.mlp_out.startswith(f"{path}."):
+                edited.get(path).skip(out if path == written else mlp_in)
 
 
 def _run_splices(tracer: Any, edited: Any, splices: Sequence[_Splice]) -> None:
     """The body of the edit: every layer, at every step of the run."""
-    reached = 0
+    reached, runs = 0, edited.interleaver.counts
+    finished = runs.get("result", 0)
     try:
         for step in tracer.iter[:]:
             reached = step
@@ -391,8 +335,8 @@ def _run_splices(tracer: Any, edited: Any, splices: Sequence[_Splice]) -> None:
                 splice.run(edited, token_index, state)
     except OutOfOrderError:
         # How nnsight ends a loop over all steps: the step after the last never comes. At the first
-        # step it means that something was not reached.
-        if reached == 0:
+        # step it means that something was not reached, by a run that was not stopped on purpose.
+        if reached == 0 and runs.get("result", 0) > finished:
             raise
 
 

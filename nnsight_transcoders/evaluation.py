@@ -192,8 +192,13 @@ class _Sums:
 
     def fvu(self) -> float:
         """Error over the variance around the mean."""
-        variance = self.square - float(self.total.pow(2).sum()) / self.n
-        return self.error / max(variance, 1e-30)
+        variance = self.square - float(self.total.pow(2).sum()) / max(self.n, 1)
+        if variance <= 1e-9 * self.square:
+            raise InputError(
+                f"the MLP's output does not vary over the {self.n} position(s) of this text, so "
+                "that no FVU is defined: give a longer text"
+            )
+        return self.error / variance
 
 
 def _fit(layer: int, sums: _Sums, change: float | None) -> LayerFit:

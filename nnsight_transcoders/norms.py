@@ -71,13 +71,16 @@ def norm_spec(norm: nn.Module, path: str, x: Tensor) -> NormSpec:
     with torch.no_grad():
         out = norm(x).to(dtype)
     limit, x = TOLERANCE[x.dtype], x.detach().to(dtype)
-    eps = float(getattr(norm, "eps", getattr(norm, "variance_epsilon", 0.0)))
+    eps = getattr(norm, "eps", getattr(norm, "variance_epsilon", None))
+    # OLMo 1 keeps its epsilon to itself.
+    eps_candidates = (0.0, 1e-6, 1e-5) if eps is None else (float(eps),)
     weight = torch.ones_like(x[0]) if weight is None else weight.detach().to(dtype)
     bias = None if bias is None else bias.detach().to(dtype)
     candidates = [
-        NormSpec(gain, bias, eps, centred)
+        NormSpec(gain, bias, value, centred)
         for centred in (False, True)
         for gain in (weight, 1 + weight)
+        for value in eps_candidates
     ]
     errors = [relative_difference(spec(x), out) for spec in candidates]
     best = min(range(len(errors)), key=errors.__getitem__)

@@ -231,10 +231,10 @@ class TranscoderSet:
         else:
             module = self.source.load(layer)
             _check_finite(module, layer)
-        wanted = dtype or self.dtype or module.W_enc.dtype
-        if module.W_enc.dtype != wanted or not _is_on(module.W_enc, self.device):
-            module = _converted(module, self.device, wanted)
-        return module
+        wanted, here = dtype or self.dtype or module.W_enc.dtype, module.W_enc.device
+        there = here.type == self.device.type and self.device.index in (None, here.index)
+        fits = there and module.W_enc.dtype == wanted
+        return module if fits else _converted(module, self.device, wanted)
 
     def rows(self, layer: int, indices: Tensor | Sequence[int], which: Rows = "decoder") -> Tensor:
         """Single encoder or decoder rows, read without loading the layer where the file allows.
@@ -358,11 +358,6 @@ class _Subset:
 
     def rows(self, layer: int, indices: Tensor, which: Rows) -> Tensor:
         return self._source.rows(layer, indices, which)
-
-
-def _is_on(weight: Tensor, device: torch.device) -> bool:
-    """Whether a tensor is on a device, which ``"cuda"`` names without its index."""
-    return weight.device.type == device.type and device.index in (None, weight.device.index)
 
 
 def _check_finite(module: FeatureEncoder, layer: int) -> None:

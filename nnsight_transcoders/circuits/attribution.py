@@ -15,6 +15,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from nnsight_transcoders._version import __version__
+from nnsight_transcoders.builtin import builtin_model_path
 from nnsight_transcoders.errors import InputError, SiteError
 from nnsight_transcoders.models import hf_module
 from nnsight_transcoders.sets import TranscoderSet
@@ -77,8 +78,8 @@ def attribute(
         verbose: Show progress bars.
 
     Returns:
-        The graph; its ``completeness_error`` says how exactly every node's inputs add up.
-        Attributions are float32 whatever the model's dtype (float64 for a float64 model).
+        The graph; its ``completeness_error`` says how exactly every node's inputs add up. Weights
+            are float32 whatever the model's dtype (float64 for a float64 model).
 
     Raises:
         MismatchError: The set does not fit the model.
@@ -138,10 +139,10 @@ def _engine(
 
 
 def _provenance(module: nn.Module, sites: Sites, transcoders: TranscoderSet) -> dict[str, Any]:
-    config = getattr(module, "config", None)
+    path = str(getattr(getattr(module, "config", None), "_name_or_path", ""))
     return {
         "n_layers": sites.n_layers,
-        "model": str(getattr(config, "_name_or_path", "") or type(module).__name__),
+        "model": "builtin" if path == str(builtin_model_path()) else path or type(module).__name__,
         "architecture": type(module).__name__,
         "model_dtype": _name(next(module.parameters()).dtype),
         "transcoders": transcoders.provenance,

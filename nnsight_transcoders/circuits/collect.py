@@ -71,6 +71,12 @@ def token_ids_of(model: Any, prompt: str | Sequence[int] | Tensor, sites: Sites)
         tokenizer = getattr(model, "tokenizer", None)
         if tokenizer is None:
             raise InputError("this model has no tokenizer: give the prompt as token ids")
+        if not prompt:  # a tokenizer may still make a <bos> of it
+            raise InputError("the prompt is empty: it needs at least one token")
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"the prompt is not valid text: {error}") from error
         ids = torch.tensor(tokenizer(prompt)["input_ids"], dtype=torch.long)
     else:
         ids = torch.as_tensor(prompt, dtype=torch.long)

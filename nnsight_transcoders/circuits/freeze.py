@@ -219,6 +219,11 @@ def _attention(
     norm: FrozenNorm | None,
 ) -> FrozenAttention:
     dtype, limit = attribution_dtype(run.final.dtype), TOLERANCE[run.final.dtype]
+    if layer.value is None:
+        raise SiteError(
+            f"{layer.attention} has no module that makes the values: its attention cannot be "
+            "written as pattern x values x output; use method='autograd'"
+        )
     value = linear_weight(module.get_submodule(layer.value), sites.d_model, dtype)
     out = linear_weight(module.get_submodule(layer.out_proj), sites.n_heads * sites.head_dim, dtype)
     x = run.resid[number].to(dtype)

@@ -374,15 +374,16 @@ class AttributionGraph:
                     )
                 tensors = {name: file.get_tensor(name) for name in _tensor_names()}
                 record = json.loads(header["record"])
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            _check_tables(tensors, record)
+            return cls(
+                **tensors,
+                tokens=tuple(record["tokens"]),
+                token_ids=tuple(record["token_ids"]),
+                target_names=tuple(record["target_names"]),
+                metadata=record["metadata"],
+            )
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"cannot read the graph {path}: {error}") from error
-        return cls(
-            **tensors,
-            tokens=tuple(record["tokens"]),
-            token_ids=tuple(record["token_ids"]),
-            target_names=tuple(record["target_names"]),
-            metadata=record["metadata"],
-        )
 
     # -- views -----------------------------------------------------------------------------------
 
@@ -454,6 +455,26 @@ class AttributionGraph:
 
     def __repr__(self) -> str:
         return self.summary()
+
+
+def _check_tables(tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+    """Whether the tables of a file fit together.
+
+    Raises:
+        ValueError: Naming the one that does not.
+    """
+    n_nodes, n_edges = len(tensors["kind"]), len(tensors["weight"])
+    for name, table in tensors.items():
+        expected = n_edges if name in ("source", "target", "weight") else n_nodes
+        if tuple(table.shape) != (expected,):
+            raise ValueError(f"{name} has shape {tuple(table.shape)}, expected ({expected},)")
+    for name in ("source", "target"):
+        if n_edges and not 0 <= int(tensors[name].min()) <= int(tensors[name].max()) < n_nodes:
+            raise ValueError(f"{name} names nodes outside the graph's {n_nodes}")
+    if int(tensors["kind"].max()) >= len(KINDS):
+        raise ValueError("there are nodes of an unknown kind")
+    if int((tensors["kind"] == LOGIT).sum()) != len(record["target_names"]):
+        raise ValueError("the number of target names is not that of the logit nodes")
 
 
 def _tensor_names() -> Sequence[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import networkx
@@ -177,6 +178,13 @@ def test_load_refuses_other_and_damaged_files(tmp_path: Path) -> None:
     save_file({"x": torch.zeros(2)}, other)
     with pytest.raises(CheckpointError, match="not an attribution graph"):
         AttributionGraph.load(other)
+    outside = hand_built()
+    outside.source[0] = 99
+    with pytest.raises(CheckpointError, match="source names nodes outside"):
+        AttributionGraph.load(outside.save(tmp_path / "outside.safetensors"))
+    nameless = replace(hand_built(), target_names=("one",))
+    with pytest.raises(CheckpointError, match="number of target names"):
+        AttributionGraph.load(nameless.save(tmp_path / "nameless.safetensors"))
     good = hand_built().save(tmp_path / "graph.safetensors")
     good.write_bytes(good.read_bytes()[:-7])
     with pytest.raises(CheckpointError, match="cannot read"):
