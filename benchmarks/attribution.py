@@ -20,26 +20,24 @@ The least operations: a target at layer l and position t crosses the attention o
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import statistics
-import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import nnsight
 import torch
 import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nnsight_transcoders.check import random_transcoders
 from nnsight_transcoders.circuits.active import active_features
 from nnsight_transcoders.circuits.candidates import Candidates
 from nnsight_transcoders.circuits.collect import collect
-from nnsight_transcoders.circuits.edges import MEMORY_BUDGET
+from nnsight_transcoders.circuits.edges import MEMORY_BUDGET, ROWS_PER_BATCH
 from nnsight_transcoders.circuits.engine import OperatorEngine
 from nnsight_transcoders.circuits.expand import expand
 from nnsight_transcoders.circuits.targets import choose_targets
@@ -69,38 +67,43 @@ class Case:
     phases: dict[str, float]
 
 
-class PeakMemory:
-    """Samples the process's resident memory in a thread (Linux)."""
+class TensorMemory(TorchDispatchMode):
+    """The most bytes of tensor storage, made inside the block, that are alive at one time.
+
+    Counted tensor by tensor: the process's resident memory also shows what the allocator keeps.
+    """
 
     def __init__(self) -> None:
-        self._page = 4096
-        self._stop = threading.Event()
-        self.start = self.peak = self._resident()
+        super().__init__()
+        self.now = self.peak = 0
+        self._alive: set[int] = set()
 
-    def _resident(self) -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * self._page
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        del types
+        out = func(*args, **(kwargs or {}))
+        for value in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(value, torch.Tensor):
+                self._add(value.untyped_storage())
+        return out
 
-    def _watch(self) -> None:
-        while not self._stop.wait(0.002):
-            self.peak = max(self.peak, self._resident())
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage.data_ptr(), storage.nbytes()
+        if key and key not in self._alive:
+            self._alive.add(key)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._drop, key, size)
 
-    def __enter__(self) -> PeakMemory:
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)  # what was freed must not hide what is needed
-        self.start = self.peak = self._resident()
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-        self.peak = max(self.peak, self._resident())
+    def _drop(self, key: int, size: int) -> None:
+        self._alive.discard(key)
+        self.now -= size
 
     @property
     def megabytes(self) -> float:
-        """Growth over the block."""
-        return (self.peak - self.start) / 2**20
+        """The peak."""
+        return self.peak / 2**20
 
 
 def matmul_rate(size: int = 1536, repeats: int = 3) -> float:
@@ -182,9 +185,10 @@ def measure(case: Case, repeats: int) -> dict[str, float]:
         seconds.append(time.process_time() - start)
         rate = (before + matmul_rate()) / 2
         ratios.append(seconds[-1] / (operations / rate))
-    with PeakMemory() as memory:
+    with TensorMemory() as memory:
         expand(case.candidates, case.engine, 10**6, MEMORY_BUDGET, verbose=False)
     rows = (case.candidates.n_features + 10) * case.candidates.n_columns * 4 / 2**20
+    residual = ROWS_PER_BATCH * case.candidates.chosen.direction.shape[1] * 4 / 2**20
     return {
         "CPU seconds": statistics.median(seconds),
         "CPU ms per target": 1000 * statistics.median(seconds) / case.candidates.n_features,
@@ -192,6 +196,7 @@ def measure(case: Case, repeats: int) -> dict[str, float]:
         "matmul share": matmul_share(case),
         "peak MB": memory.megabytes,
         "of it the edge matrix": rows,
+        "batch x T x d_model": residual,
     }
 
 

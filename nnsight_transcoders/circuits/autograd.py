@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from nnsight_transcoders.blocks import LayerSites
 from nnsight_transcoders.errors import SiteError
+from nnsight_transcoders.norms import NormSpec, probed_spec
 from nnsight_transcoders.sets import TranscoderSet
 from nnsight_transcoders.sites import Sites
 
@@ -56,9 +57,10 @@ class AutogradEngine:
         self._model, self._module, self._sites, self._run = model, module, sites, run
         self._final_norm = norms[sites.final_norm]
         self._plans = [
-            _plan(layer, side, norms, pattern)
+            _plan(module, layer, side, norms, pattern)
             for layer, side, pattern in zip(sites.layers, sides, run.pattern, strict=True)
         ]
+        self._inner_scales: dict[str, Tensor] = {}
         self._start = run.resid[0].detach().clone().requires_grad_()
         self._leaves = []
         for number, side in enumerate(sides):
@@ -114,7 +116,14 @@ class AutogradEngine:
         ids = self._run.token_ids[None].to(start.device)
         with eager_attention(self._module), torch.set_grad_enabled(grad):
             return _trace_frozen(
-                self._model, self._sites, ids, start, leaves, self._plans, self._final_norm
+                self._model,
+                self._sites,
+                ids,
+                start,
+                leaves,
+                self._plans,
+                self._final_norm,
+                self._inner_scales,
             )
 
 
@@ -133,12 +142,17 @@ class _Plan:
     sites: LayerSites
     side: MlpSide
     norms: tuple[tuple[str, FrozenNorm], ...]
+    inner: tuple[tuple[str, NormSpec], ...]
     pattern: Tensor
     written: str
 
 
 def _plan(
-    layer: LayerSites, side: MlpSide, norms: Mapping[str, FrozenNorm], pattern: Tensor
+    module: nn.Module,
+    layer: LayerSites,
+    side: MlpSide,
+    norms: Mapping[str, FrozenNorm],
+    pattern: Tensor,
 ) -> _Plan:
     # The output is replaced where it enters the stream; a norm after that site stays in the path.
     written = layer.mlp_out if side.write or not layer.mlp_post_norm else layer.mlp_post_norm
@@ -146,7 +160,19 @@ def _plan(
     if side.write:
         paths.append(layer.mlp_post_norm)
     kept = tuple((path, norms[path]) for path in dict.fromkeys(paths) if path is not None)
-    return _Plan(layer, side, kept, pattern, written)
+    return _Plan(layer, side, kept, _inner_norms(module, layer.attention), pattern, written)
+
+
+def _inner_norms(module: nn.Module, attention: str) -> tuple[tuple[str, NormSpec], ...]:
+    """Norms inside an attention module: those on the values' way (multi-head latent attention) have
+    to be frozen too; those of queries and keys make no difference under a recorded pattern."""
+    found = []
+    for name, child in module.get_submodule(attention).named_modules():
+        weight = getattr(child, "weight", None)
+        if "norm" in type(child).__name__.lower() and weight is not None and weight.dim() == 1:
+            path = f"{attention}.{name}"
+            found.append((path, probed_spec(module, path, len(weight))))
+    return tuple(found)
 
 
 def _trace_frozen(
@@ -157,9 +183,11 @@ def _trace_frozen(
     leaves: Sequence[Tensor],
     plans: Sequence[_Plan],
     final_norm: FrozenNorm,
+    scales: dict[str, Tensor],
 ) -> list[Tensor]:
-    # Two workers on one forward pass: the norms need not run in the order of the other parts
-    # (Falcon runs both before attention). A product with 1 turns a leaf into a value that the model
+    # Several workers on one forward pass: the norms need not run in the order of the other parts
+    # (Falcon runs both before attention), nor those inside attention in any order.
+    # A product with 1 turns a leaf into a value that the model
     # may change in place.
     with model.trace() as tracer:
         with tracer.invoke(ids):
@@ -187,7 +215,24 @@ def _trace_frozen(
                 for path, norm in plan.norms:
                     freeze_in_place(model.get(path), norm)
             freeze_in_place(model.get(sites.final_norm), final_norm)
+        for j in range(max(len(plan.inner) for plan in plans)):
+            with tracer.invoke():
+                for plan in plans:
+                    if j < len(plan.inner):
+                        _freeze_inner(model.get(plan.inner[j][0]), plan.inner[j][1], scales)
     return reads
+
+
+def _freeze_inner(envoy: Any, spec: NormSpec, scales: dict[str, Tensor]) -> None:
+    """Inside a trace: a norm at the first pass's denominators, which ``scales`` keeps."""
+    x = envoy.input
+    wide = x.to(spec.gain.dtype)
+    if envoy.path not in scales:
+        scales[envoy.path] = spec.scale(wide.detach())
+    if spec.centred:
+        wide = wide - wide.mean(-1, keepdim=True)
+    out = wide * scales[envoy.path] * spec.gain
+    envoy.output = (out if spec.bias is None else out + spec.bias).to(x.dtype)
 
 
 def freeze_in_place(envoy: Any, norm: FrozenNorm) -> None:

@@ -21,6 +21,8 @@ from .linear import FrozenModel, Targets
 #: Residual-stream rows (targets x positions) per batch: enough for matrix products to run at full
 #: speed, little enough that a batch's working set stays near the caches (docs/benchmarks.md).
 ROWS_PER_BATCH = 3072
+#: Smaller batches are not worth their overhead.
+MIN_BATCH = 32
 #: Default bound on a batch's own memory, in bytes.
 MEMORY_BUDGET = 512 * 2**20
 
@@ -90,8 +92,10 @@ def batch_size(
 def batches(layer: Tensor, position: Tensor, size: int) -> Iterator[Tensor]:
     """Indices of targets in batches that make short sweeps: by position, then from the top down.
 
-    A batch's sweep is as wide as its last position, and a target joins it at its own layer.
+    A batch's sweep is as wide as its last position, and a target joins it at its own layer. A few
+    targets still make several batches, so that those at early positions have narrow sweeps.
     """
+    size = min(size, max(MIN_BATCH, len(layer) // 8))
     order = (position * (int(layer.max()) + 1) - layer).argsort(stable=True)
     for chunk in order.split(size):
         yield chunk[layer[chunk].argsort(descending=True, stable=True)]
