@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from .attach import ablate, attach, attached, detach, scale, set_features, steer
     from .builtin import BUILTIN_SETS, builtin_model_path
     from .circuits.attribution import attribute
+    from .circuits.contributions import CircuitRun
     from .circuits.graph import AttributionGraph
+    from .circuits.paths import Where, merge_paths, top_paths
     from .circuits.weights import de_embeddings, feature_details, logit_effects
     from .errors import TranscoderError
     from .evaluation import verify
@@ -26,12 +28,14 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "AttributionGraph": ".circuits.graph",
     "BUILTIN_SETS": ".builtin",
+    "CircuitRun": ".circuits.contributions",
     "CrossLayerTranscoder": ".transcoder",
     "Sites": ".sites",
     "Transcoder": ".transcoder",
     "TranscoderConfig": ".transcoder",
     "TranscoderError": ".errors",
     "TranscoderSet": ".sets",
+    "Where": ".circuits.paths",
     "ablate": ".attach",
     "attach": ".attach",
     "attached": ".attach",
@@ -41,10 +45,12 @@ _PUBLIC = {
     "detach": ".attach",
     "feature_details": ".circuits.weights",
     "logit_effects": ".circuits.weights",
+    "merge_paths": ".circuits.paths",
     "resolve_sites": ".sites",
     "scale": ".attach",
     "set_features": ".attach",
     "steer": ".attach",
+    "top_paths": ".circuits.paths",
     "verify": ".evaluation",
 }
 

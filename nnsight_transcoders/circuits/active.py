@@ -19,6 +19,9 @@ from nnsight_transcoders.transcoder import CrossLayerPart, FeatureEncoder, Trans
 
 from .collect import Run
 
+#: Active features of one layer: positions, indices, activations, pre-activations, each ``(n,)``.
+Sparse = tuple[Tensor, Tensor, Tensor, Tensor]
+
 #: Upper bound on the dense pre-activations held at a time, in elements.
 CHUNK_ELEMENTS = 64 * 2**20
 
@@ -98,18 +101,22 @@ def active_features(
     errors = [output.clone() for output in outputs]
     biases: list[Tensor | None] = [None] * n_layers
     layers = {}
+    chosen = chosen_jointly(run, transcoders, inputs, dtype)
     for layer in tqdm(transcoders.layers, desc="features", disable=not verbose, leave=False):
         module = transcoders.load(layer, dtype=dtype).to(run.final.device)
         with torch.no_grad():
-            layers[layer] = _layer_features(module, layer, inputs[layer])
+            sparse = chosen.get(layer) or sparse_encode(module, inputs[layer])
+            layers[layer] = _layer_features(module, layer, sparse)
             biases[layer] = module.b_dec.detach()
             errors[layer] -= module.b_dec + module.skip(inputs[layer])
             _subtract(errors, layers[layer])
     return ActiveFeatures(layers, biases, errors, outputs)
 
 
-def _layer_features(module: Transcoder | CrossLayerPart, layer: int, x: Tensor) -> LayerFeatures:
-    position, index, activation, pre = sparse_encode(module, x)
+def _layer_features(
+    module: Transcoder | CrossLayerPart, layer: int, sparse: Sparse
+) -> LayerFeatures:
+    position, index, activation, pre = sparse
     decoder = module.W_dec.detach()[index]
     if isinstance(module, Transcoder):
         decoder, targets = decoder[:, None], (layer,)
@@ -127,7 +134,52 @@ def _layer_features(module: Transcoder | CrossLayerPart, layer: int, x: Tensor) 
     )
 
 
-def sparse_encode(module: FeatureEncoder, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def chosen_jointly(
+    run: Run, transcoders: TranscoderSet, inputs: Sequence[Tensor], dtype: torch.dtype
+) -> dict[int, Sparse]:
+    """Layer -> active features, where they are chosen over all layers together; else nothing.
+
+    A pass of its own, so that decoder rows are only gathered of the features that stay. No layer
+    can contribute more than k features to a position, so no more than those are held per layer.
+    """
+    config = transcoders.config(transcoders.layers[0])
+    if config.activation != "jointtopk" or config.k is None:
+        return {}
+    found, scores = {}, {}
+    for layer in transcoders.layers:
+        module = transcoders.load(layer, dtype=dtype).to(run.final.device)
+        with torch.no_grad():
+            sparse = sparse_encode(module, inputs[layer])
+            score = sparse[2] * module.decoder_norms()[sparse[1]]
+        kept = largest_per_position(sparse[0], score, config.k)
+        found[layer], scores[layer] = _masked(sparse, kept), score[kept]
+    positions = torch.cat([sparse[0] for sparse in found.values()])
+    kept = largest_per_position(positions, torch.cat(list(scores.values())), config.k)
+    masks = kept.split([len(score) for score in scores.values()])
+    return {
+        layer: _masked(sparse, mask)
+        for (layer, sparse), mask in zip(found.items(), masks, strict=True)
+    }
+
+
+def _masked(sparse: Sparse, kept: Tensor) -> Sparse:
+    position, index, activation, pre = sparse
+    return position[kept], index[kept], activation[kept], pre[kept]
+
+
+def largest_per_position(position: Tensor, score: Tensor, k: int) -> Tensor:
+    """Mask ``(n,)`` of the entries that are among the ``k`` largest scores of their position."""
+    order = score.argsort(descending=True, stable=True)
+    order = order[position[order].argsort(stable=True)]
+    counts = torch.bincount(position)
+    starts = counts.cumsum(0) - counts
+    rank = torch.arange(len(position), device=position.device) - starts[position[order]]
+    kept = torch.zeros_like(position, dtype=torch.bool)
+    kept[order] = rank < k
+    return kept
+
+
+def sparse_encode(module: FeatureEncoder, x: Tensor) -> Sparse:
     """The active features of ``x (T, D)``: positions, indices, activations, pre-activations.
 
     Positions are taken in chunks, so that at most ``CHUNK_ELEMENTS`` dense values exist at a time.

@@ -194,11 +194,45 @@ class FoldedLayer:
         """Add to ``g``, in place, what comes back through the values."""
         g_BTD.flatten(0, 1).addmm_(values, self._value)
 
+    def head_terms(self, g_D: Tensor, position: int, r_SD: Tensor) -> Tensor:
+        """What each head moves from each source position into a cotangent at ``position``.
+
+        Args:
+            g_D: The cotangent after attention.
+            position: Where it stands.
+            r_SD: The residual stream that attention reads, positions up to ``position`` at least.
+
+        Returns:
+            ``(H, S)`` with ``S = position + 1``; its sum is attention's linear part.
+        """
+        n_sources = position + 1
+        pattern_KgS = self._pattern[:, :, position, :n_sources]
+        n_values, group, _ = pattern_KgS.shape
+        z_KgE = (g_D @ self._out).view(n_values, group, self._head_dim)
+        v_SKE = (r_SD[:n_sources] @ self._value.T).view(n_sources, n_values, self._head_dim)
+        terms = torch.einsum("kgs,ske,kge->kgs", pattern_KgS, v_SKE, z_KgE)
+        return terms.flatten(0, 1)
+
+    def pull_back(self, g_D: Tensor, position: int, head: int, source: int) -> Tensor:
+        """The cotangent ``(D,)`` that one head puts at one source position: its OV circuit's
+        transpose, times the attention paid."""
+        n_values, group = self._pattern.shape[:2]
+        value, member = divmod(head, group)
+        rows = slice(value * self._head_dim, (value + 1) * self._head_dim)
+        z_E = (g_D @ self._out).view(n_values, group, self._head_dim)[value, member]
+        return self._pattern[value, member, position, source] * (z_E @ self._value[rows])
+
     def skipped(self, g_BTD: Tensor) -> Tensor | None:
         """What comes back through the transcoder's skip path, at the residual stream it reads."""
         if self._skip is None or self._skip_scale is None:
             return None
         return (g_BTD * self._skip_scale[: g_BTD.shape[1]]) @ self._skip
+
+    def skipped_at(self, g_D: Tensor, position: int) -> Tensor:
+        """``skipped`` of one cotangent at one position; zero without a skip path."""
+        if self._skip is None or self._skip_scale is None:
+            return torch.zeros_like(g_D)
+        return (g_D * self._skip_scale[position]) @ self._skip
 
 
 @dataclass(frozen=True)
@@ -252,7 +286,8 @@ class FrozenModel:
         return len(self.layers)
 
     @cached_property
-    def _folded(self) -> list[FoldedLayer]:
+    def folded(self) -> list[FoldedLayer]:
+        """The blocks' transposes; made on first use and kept, a copy of the V and O weights."""
         return [FoldedLayer(layer) for layer in self.layers]
 
     def to_stream(self, layer: int, vectors: Tensor, positions: Tensor) -> Tensor:
@@ -276,7 +311,7 @@ class FrozenModel:
         n = self._enter(buffer, targets, self.n_layers, self.final_norm)
         top = int(targets.layer.max().clamp_max(self.n_layers - 1))
         for number in range(top, -1, -1):
-            layer, folded, g = self.layers[number], self._folded[number], buffer[:n]
+            layer, folded, g = self.layers[number], self.folded[number], buffer[:n]
             if n:
                 yield number, g
                 skipped = folded.skipped(g)
