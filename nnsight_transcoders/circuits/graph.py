@@ -12,30 +12,25 @@ holds to rounding, which ``completeness_error`` reports, before and after prunin
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from nnsight_transcoders._files import atomic_path
-from nnsight_transcoders.errors import CheckpointError, InputError
+from nnsight_transcoders.errors import InputError
 
+from . import graph_views
 from . import prune as _prune
+from .graph_io import KINDS, read_graph, write_graph
 
 if TYPE_CHECKING:
     import networkx
 
-#: Node kinds by code.
-KINDS = ("feature", "error", "token", "logit")
-FEATURE, ERROR, TOKEN, LOGIT = range(4)
-
-FORMAT_VERSION = 1
+FEATURE, ERROR, TOKEN, LOGIT = range(len(KINDS))
 
 
 @dataclass(frozen=True)
@@ -329,7 +324,7 @@ class AttributionGraph:
             target_names=names,
         )
 
-    # -- files -----------------------------------------------------------------------------------
+    # -- files and views -------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> Path:
         """Write the graph as one safetensors file (tables as tensors, the rest as JSON in it).
@@ -337,22 +332,14 @@ class AttributionGraph:
         Raises:
             InputError: The folder cannot be written; nothing is left behind.
         """
-        path = Path(path)
+        tables = {name: getattr(self, name).contiguous() for name in _table_names()}
         record = {
             "tokens": list(self.tokens),
             "token_ids": list(self.token_ids),
             "target_names": list(self.target_names),
             "metadata": self.metadata,
         }
-        header = {
-            "format": "nnsight-transcoders/attribution-graph",
-            "version": str(FORMAT_VERSION),
-            "record": json.dumps(record, allow_nan=False),
-        }
-        tensors = {name: getattr(self, name).contiguous() for name in _tensor_names()}
-        with atomic_path(path) as partial:
-            save_file(tensors, partial, metadata=header)
-        return path
+        return write_graph(Path(path), tables, record)
 
     @classmethod
     def load(cls, path: str | Path) -> AttributionGraph:
@@ -361,57 +348,22 @@ class AttributionGraph:
         Raises:
             CheckpointError: Not such a file, or a damaged one.
         """
-        path = Path(path)
-        try:
-            with safe_open(path, framework="pt") as file:
-                header = file.metadata() or {}
-                if header.get("format") != "nnsight-transcoders/attribution-graph":
-                    raise CheckpointError(f"{path} is not an attribution graph of this package")
-                if int(header["version"]) > FORMAT_VERSION:
-                    raise CheckpointError(
-                        f"{path} has graph format {header['version']}; this version reads up to "
-                        f"{FORMAT_VERSION}: upgrade nnsight-transcoders"
-                    )
-                tensors = {name: file.get_tensor(name) for name in _tensor_names()}
-                record = json.loads(header["record"])
-            _check_tables(tensors, record)
-            return cls(
-                **tensors,
-                tokens=tuple(record["tokens"]),
-                token_ids=tuple(record["token_ids"]),
-                target_names=tuple(record["target_names"]),
-                metadata=record["metadata"],
-            )
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"cannot read the graph {path}: {error}") from error
-
-    # -- views -----------------------------------------------------------------------------------
+        tables, record = read_graph(Path(path), _table_names())
+        return cls(
+            **tables,
+            tokens=tuple(record["tokens"]),
+            token_ids=tuple(record["token_ids"]),
+            target_names=tuple(record["target_names"]),
+            metadata=record["metadata"],
+        )
 
     def to_networkx(self) -> networkx.DiGraph:
-        """A ``networkx.DiGraph`` with the nodes' fields and edge weights as attributes."""
-        try:
-            import networkx
-        except ImportError as error:
-            raise InputError(
-                "to_networkx needs networkx: pip install 'nnsight-transcoders[viz]'"
-            ) from error
-        out = networkx.DiGraph(**self.metadata)
-        for node in self.nodes():
-            out.add_node(
-                node.id,
-                kind=node.kind,
-                layer=node.layer,
-                position=node.position,
-                index=node.index,
-                value=node.value,
-                label=self.label(node.number),
-            )
-        ids = [node.id for node in self.nodes()]
-        for s, t, w in zip(
-            self.source.tolist(), self.target.tolist(), self.weight.tolist(), strict=True
-        ):
-            out.add_edge(ids[s], ids[t], weight=w)
-        return out
+        """A ``networkx.DiGraph`` with the nodes' fields and edge weights as attributes.
+
+        Raises:
+            InputError: networkx is not installed (``pip install 'nnsight-transcoders[viz]'``).
+        """
+        return graph_views.to_networkx(self)
 
     def to_html(self, path: str | Path | None = None, **options: Any) -> str:
         """One self-contained interactive page; written to ``path`` if given, and returned.
@@ -435,47 +387,11 @@ class AttributionGraph:
 
     def summary(self, top: int = 8) -> str:
         """A few lines of text: size, checks, scores, and the most influential nodes."""
-        counts = ", ".join(f"{len(self.of_kind(kind))} {kind}" for kind in KINDS)
-        lines = [
-            f"AttributionGraph of {''.join(self.tokens)!r}",
-            f"  {self.n_nodes} nodes ({counts}), {self.n_edges} edges",
-            f"  completeness error {self.completeness_error:.1e}   replacement score "
-            f"{self.replacement_score:.3f}   completeness score {self.completeness_score:.3f}",
-        ]
-        logits = self.of_kind("logit").tolist()
-        lines += [f"  {self.label(i)} value {float(self.value[i]):+.3f}" for i in logits[:top]]
-        influence = self.influence().masked_fill(self.kind != FEATURE, 0.0)
-        best = influence.argsort(descending=True)[:top].tolist()
-        if best and influence[best[0]] > 0:
-            lines.append("  most influential features:")
-        for i in best:
-            if influence[i] > 0:
-                lines.append(f"    {float(influence[i]):.4f}  {self.label(i)}")
-        return "\n".join(lines)
+        return graph_views.summary(self, top)
 
     def __repr__(self) -> str:
         return self.summary()
 
 
-def _check_tables(tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
-    """Whether the tables of a file fit together.
-
-    Raises:
-        ValueError: Naming the one that does not.
-    """
-    n_nodes, n_edges = len(tensors["kind"]), len(tensors["weight"])
-    for name, table in tensors.items():
-        expected = n_edges if name in ("source", "target", "weight") else n_nodes
-        if tuple(table.shape) != (expected,):
-            raise ValueError(f"{name} has shape {tuple(table.shape)}, expected ({expected},)")
-    for name in ("source", "target"):
-        if n_edges and not 0 <= int(tensors[name].min()) <= int(tensors[name].max()) < n_nodes:
-            raise ValueError(f"{name} names nodes outside the graph's {n_nodes}")
-    if int(tensors["kind"].max()) >= len(KINDS):
-        raise ValueError("there are nodes of an unknown kind")
-    if int((tensors["kind"] == LOGIT).sum()) != len(record["target_names"]):
-        raise ValueError("the number of target names is not that of the logit nodes")
-
-
-def _tensor_names() -> Sequence[str]:
+def _table_names() -> Sequence[str]:
     return [f.name for f in fields(AttributionGraph) if f.type == "Tensor"]
