@@ -1,0 +1,84 @@
+"""Circuits of the builtin model's tasks: what a graph says matters must matter."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import nnsight
+import pytest
+import torch
+
+from nnsight_transcoders import (
+    AttributionGraph,
+    TranscoderSet,
+    attach,
+    attribute,
+    builtin_model_path,
+)
+from nnsight_transcoders.builtin.text import Example, examples
+
+N_ABLATED = 10
+SEEDS = range(3)
+
+
+@cache
+def builtin() -> Any:
+    return nnsight.TransformersModel(
+        str(builtin_model_path()), task="text-generation", dispatch=True
+    )
+
+
+@cache
+def transcoders(name: str) -> TranscoderSet:
+    return TranscoderSet.from_pretrained(f"builtin/{name}")
+
+
+def answer_logit(
+    model: Any, prompt: str, answer: int, ablated: list[tuple[int, int, int]]
+) -> float:
+    """The answer's demeaned logit at the last position, with (layer, feature, position) at zero."""
+    with torch.no_grad():
+        with model.trace(prompt):
+            for layer in sorted({layer for layer, _, _ in ablated}):
+                for at, feature, position in ablated:
+                    if at == layer:
+                        model.transcoders[layer].features.output[0, position, feature] = 0
+            logits = model.output.logits[0, -1].detach().save()
+    return float(logits[answer] - logits.mean())
+
+
+def nodes(graph: AttributionGraph, numbers: list[int]) -> list[tuple[int, int, int]]:
+    found = [graph.node(number) for number in numbers]
+    return [(node.layer, node.index, node.position) for node in found]
+
+
+def drops(example: Example, name: str) -> tuple[float, list[float]]:
+    """How far the answer falls without the graph's top features, and without random ones."""
+    model, chosen = builtin(), transcoders(name)
+    answer = model.tokenizer(example.answers[0], add_special_tokens=False)["input_ids"][0]
+    graph = attribute(model, chosen, example.prompt, targets=[answer])
+    assert graph.completeness_error < 1e-4
+    pruned = graph.prune()
+    influence = pruned.influence().masked_fill(pruned.kind != 0, 0)
+    top = nodes(pruned, influence.topk(N_ABLATED).indices.tolist())
+    replaced = attach(model, chosen, mode="replace+error")
+    whole = answer_logit(replaced, example.prompt, answer, [])
+    fallen = whole - answer_logit(replaced, example.prompt, answer, top)
+    others = [n for n in nodes(graph, graph.of_kind("feature").tolist()) if n not in top]
+    random = []
+    for seed in SEEDS:
+        order = torch.randperm(len(others), generator=torch.Generator().manual_seed(seed))
+        some = [others[i] for i in order[:N_ABLATED].tolist()]
+        random.append(whole - answer_logit(replaced, example.prompt, answer, some))
+    return fallen, random
+
+
+@pytest.mark.parametrize("name", ["per-layer", "skip", "clt"])
+@pytest.mark.parametrize("task", ["year-span", "two-hop"])
+def test_top_features_matter_more_than_random_ones(task: str, name: str) -> None:
+    better = []
+    for example in examples(task, "held_out", n=4, seed=0):
+        fallen, random = drops(example, name)
+        better += [fallen > other for other in random]
+    assert all(better), f"{sum(better)} of {len(better)} comparisons"
