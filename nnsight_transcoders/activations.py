@@ -11,17 +11,21 @@ jumprelu    ``z * 1[z > threshold]``, one threshold per feature (Rajamanoharan e
 topk        the k largest per position, with or without a ReLU before (Gao et al. 2024)
 batchtopk   at inference a JumpReLU with one stored threshold (Bussmann et al. 2024)
 grouptopk   the k largest inside each of ``n_groups`` equal, contiguous groups of features
+jointtopk   ``max(z, 0)``, of which the k with the largest activation times decoder norm stay, over
+            the features of *all layers* together: a layer alone only knows its ReLU
 ==========  =====================================================================================
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from .errors import ConfigError
 
-ACTIVATIONS = ("relu", "jumprelu", "topk", "batchtopk", "grouptopk")
+ACTIVATIONS = ("relu", "jumprelu", "topk", "batchtopk", "grouptopk", "jointtopk")
 
 
 class ReLU(nn.Module):
@@ -92,6 +96,41 @@ class GroupTopK(nn.Module):
         return f"n_groups={self.n_groups}"
 
 
+class JointTopK(ReLU):
+    """The part of a joint TopK that one layer can compute: its ReLU.
+
+    Which of the activations stay is only known when all layers have been encoded (``keep_joint``).
+    """
+
+    def __init__(self, k: int) -> None:
+        super().__init__()
+        self.k = k
+
+    def extra_repr(self) -> str:
+        return f"k={self.k}"
+
+
+def keep_joint(
+    activations: Mapping[int, Tensor], decoder_norms: Mapping[int, Tensor], k: int
+) -> dict[int, Tensor]:
+    """Keep, per position, the ``k`` features of all layers that write the most; zero the rest.
+
+    Args:
+        activations: Layer -> ``(..., d_transcoder)``, after the ReLU.
+        decoder_norms: Layer -> ``(d_transcoder,)``: norm of all that a feature writes.
+        k: How many stay.
+    """
+    scores = torch.cat([acts * decoder_norms[layer] for layer, acts in activations.items()], dim=-1)
+    chosen = scores.topk(min(k, scores.shape[-1]), dim=-1, sorted=False).indices
+    kept = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, chosen, True)
+    widths = [acts.shape[-1] for acts in activations.values()]
+    masks = kept.split(widths, dim=-1)
+    return {
+        layer: torch.where(mask, acts, 0.0)
+        for (layer, acts), mask in zip(activations.items(), masks, strict=True)
+    }
+
+
 def check_activation(name: str, d_transcoder: int, k: int | None, n_groups: int | None) -> None:
     """Check an activation's parameters against the width.
 
@@ -100,7 +139,7 @@ def check_activation(name: str, d_transcoder: int, k: int | None, n_groups: int 
     """
     if name not in ACTIVATIONS:
         raise ConfigError(f"unknown activation {name!r}; known: {', '.join(ACTIVATIONS)}")
-    if name not in ("topk", "grouptopk"):
+    if name not in ("topk", "grouptopk", "jointtopk"):
         return
     width = d_transcoder
     if name == "grouptopk":
@@ -112,7 +151,9 @@ def check_activation(name: str, d_transcoder: int, k: int | None, n_groups: int 
         width = d_transcoder // n_groups
     if k is None:
         raise ConfigError(f"activation {name!r} needs k (the number of features kept); pass k=...")
-    if not isinstance(k, int) or not 1 <= k <= width:
+    if name == "jointtopk" and type(k) is int and k >= 1:
+        return  # counted over all layers, of which one config does not know the number
+    if type(k) is not int or not 1 <= k <= width:
         raise ConfigError(f"activation {name!r} needs an integer 1 <= k <= {width}, got k={k!r}")
 
 
@@ -130,7 +171,7 @@ def make_activation(
     Args:
         name: One of ``ACTIVATIONS``.
         d_transcoder: Number of features.
-        k: For ``topk`` and ``grouptopk`` (there: per group).
+        k: For ``topk``, ``grouptopk`` (there: per group) and ``jointtopk`` (over all layers).
         relu_first: For ``topk`` and ``grouptopk``.
         n_groups: For ``grouptopk``.
         threshold: For ``jumprelu`` and ``batchtopk``: ``(d_transcoder,)`` or ``()``.
@@ -151,6 +192,8 @@ def make_activation(
             )
         return JumpReLU(threshold) if name == "jumprelu" else BatchTopK(threshold)
     assert k is not None
+    if name == "jointtopk":
+        return JointTopK(k)
     if name == "topk":
         return TopK(k, relu_first)
     assert n_groups is not None

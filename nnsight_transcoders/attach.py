@@ -32,7 +32,7 @@ from .blocks import LayerSites
 from .errors import InputError
 from .models import hf_module
 from .norms import NormSpec, norm_spec
-from .replacement import Mode, Replacement
+from .replacement import Mode, Replacement, check_layerwise
 from .sets import TranscoderSet
 from .sites import Sites, resolve_sites
 
@@ -64,7 +64,8 @@ def attach(
 
     Raises:
         MismatchError: The set does not fit the model.
-        InputError: An unknown mode or layer, or a model that already has transcoders attached.
+        InputError: An unknown mode or layer, a model that already has transcoders attached, or a
+            set whose features are chosen over all layers together.
     """
     if mode not in get_args(Mode):
         raise InputError(f"unknown mode {mode!r}; known: {', '.join(get_args(Mode))}")
@@ -78,6 +79,7 @@ def attach(
     if layers is not None:
         transcoders = transcoders.subset(layers)
     transcoders.check_model(sites.d_model, sites.n_layers, type(module).__name__)
+    check_layerwise(transcoders)
     replacements = _replacements(module, sites, transcoders, mode)
     edited = model._shallow_copy()
     mounted = nn.ModuleDict({str(layer): r for layer, r in replacements.items()})

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from ._version import __version__
 from .errors import InputError, TranscoderError
@@ -224,6 +224,9 @@ def verify(
             f"cross-entropy {report.ce:.4f}; with all layers replaced {report.ce_replaced:.4f} "
             f"({report.n_tokens} tokens)"
         )
+        for why in dict.fromkeys(fit.hypothesis for fit in report.layers if fit.hypothesis):
+            same = [str(fit.layer) for fit in report.layers if fit.hypothesis == why]
+            _print(f"layer{'s' if len(same) > 1 else ''} {', '.join(same)}: {why}")
     if not report.ok:
         raise typer.Exit(3)
 
@@ -272,6 +275,30 @@ def builtin(as_json: Json = False) -> None:
     for name in data["sets"]:
         _print(f"set:   {name}")
     out.print_json(json.dumps(data["record"]))
+
+
+@app.command("list")
+def list_sets(
+    base_model: Annotated[str, typer.Option(help="Only sets whose model contains this.")] = "",
+    as_json: Json = False,
+) -> None:
+    """The published transcoder sets this package knows of; nothing is downloaded."""
+    from .catalogue import catalogue
+
+    entries = catalogue(base_model or None)
+    if as_json:
+        _print_json({"sets": [entry.to_dict() for entry in entries]})
+        return
+    table = Table(Column("repository, model", no_wrap=True), "layers x width", "kind, sites")
+    for e in entries:
+        named = {name: "?" if cell is None else str(cell) for name, cell in e.to_dict().items()}
+        table.add_row(
+            f"{e.repository}\n  {named['base_model']}",
+            f"{named['layers']} x {named['width']}\n{named['activation']}",
+            f"{e.kind}\n{named['sites']}",
+        )
+    out.print(table)
+    _print(f"{len(entries)} sets; remarks, formats and licences: --json, or docs/catalogue.md")
 
 
 def parse_layers(text: str) -> list[int]:

@@ -11,9 +11,27 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from .errors import InputError
+from .sets import TranscoderSet
 from .transcoder import CrossLayerPart, Transcoder
 
 Mode = Literal["replace", "replace+error", "observe"]
+
+
+def check_layerwise(transcoders: TranscoderSet) -> None:
+    """Check that each layer's features can be known when that layer runs.
+
+    Raises:
+        InputError: They are chosen over all layers together.
+    """
+    for layer in transcoders.layers:
+        if transcoders.config(layer).activation == "jointtopk":
+            raise InputError(
+                "this set keeps the k features that write the most over all layers together "
+                "(activation 'jointtopk'): while an early layer runs, the features of later layers "
+                "are not known yet, so it cannot be attached to a running model (nor verified by "
+                "running one). attribute() works: it encodes a finished run"
+            )
 
 
 class Served(nn.Module):

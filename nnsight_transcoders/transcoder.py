@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .activations import check_activation, make_activation
+from .activations import check_activation, keep_joint, make_activation
 from .errors import ConfigError, InputError
 
 #: Where a transcoder reads: the raw residual stream, the norm before its gain, the norm's output.
@@ -41,7 +41,8 @@ class TranscoderConfig:
         d_transcoder: Number of features.
         layer: The layer whose MLP it reads.
         activation: One of ``activations.ACTIVATIONS``.
-        k: Features kept per position (per group for ``grouptopk``).
+        k: Features kept per position (per group for ``grouptopk``, over all layers for
+            ``jointtopk``).
         relu_first: Whether a ReLU comes before the choice of the top k.
         n_groups: Groups of ``grouptopk``.
         input_site: ``"R"``, ``"N0"`` or ``"N1"`` (docs/concepts.md, "Sites").
@@ -207,6 +208,12 @@ class FeatureEncoder(nn.Module):
         )
         if threshold is None:
             self.activation.to(dtype)
+
+    def decoder_norms(self) -> Tensor:
+        """Norm of all that each feature writes: ``(d_transcoder,)``, in float32."""
+        W_dec = self.W_dec
+        assert isinstance(W_dec, Tensor)
+        return W_dec.detach().float().flatten(1).norm(dim=1)
 
     def pre_activations(self, x: Tensor) -> Tensor:
         """``W_enc x + b_enc``: ``(..., d_in) -> (..., d_transcoder)``, in the weights' dtype."""
@@ -376,6 +383,10 @@ class CrossLayerTranscoder(nn.Module):
     def forward(self, inputs: Mapping[int, Tensor]) -> dict[int, Tensor]:
         """Input-site values of all layers -> reconstructions of all layers."""
         activations = {layer: self.encode(inputs[layer], layer) for layer in self.layers}
+        config = self.part(self.layers[0]).config
+        if config.activation == "jointtopk" and config.k is not None:
+            norms = {layer: self.part(layer).decoder_norms() for layer in self.layers}
+            activations = keep_joint(activations, norms, config.k)
         return {
             layer: self.decode(activations, layer, inputs[layer]).to(inputs[layer].dtype)
             for layer in self.layers

@@ -5,9 +5,11 @@ Per layer: ``layer_{i}.safetensors`` with ``W_enc (F, d)``, ``b_enc``, ``W_dec``
 ``W_dec`` is ``(F, d)`` in newer files and ``(d, F)`` in older ones: the biases' lengths decide.
 Cross-layer: ``W_enc_{i}.safetensors`` with ``W_enc_{i}, b_enc_{i}, b_dec_{i}`` and perhaps
 ``threshold_{i}``, ``W_dec_{i}.safetensors`` with ``W_dec_{i} (F, n_layers - i, d)``, whose ``j``-th
-slice writes to layer ``i + j``. A skip path of the cross-layer kind is not read.
+slice writes to layer ``i + j``; a ``W_skip_{i} (d, d)`` beside ``W_enc_{i}`` is layer ``i``'s skip
+path. Files of other repositories that ``config.yaml`` refers to: ``references``.
 
-circuit-tracer leaves out the features of position 0, so sets in this layout do.
+circuit-tracer leaves out the features of position 0 (for instruction-tuned Gemma 3, of the first
+four), so sets in this layout do.
 """
 
 from __future__ import annotations
@@ -23,15 +25,17 @@ from nnsight_transcoders.hub import hooks
 from nnsight_transcoders.hub.circuit_tracer_layers import (
     CONFIG,
     LAYER_FILE,
-    check_references,
     plan_layers,
     tensor_length,
     tensor_shape,
 )
 from nnsight_transcoders.hub.circuit_tracer_save import KINDS, save_circuit_tracer
 from nnsight_transcoders.hub.formats import Evidence, Format, Strength, check_whole, choose_layers
+from nnsight_transcoders.hub.joint_topk import is_joint_topk
+from nnsight_transcoders.hub.references import has_references, open_references
 from nnsight_transcoders.hub.snapshot import Snapshot
 from nnsight_transcoders.hub.source import LayerPlan, TensorRef, TensorSource, check_header
+from nnsight_transcoders.sets import LayerSource
 from nnsight_transcoders.transcoder import TranscoderConfig
 
 NAME = "circuit-tracer"
@@ -49,6 +53,8 @@ _ENCODER = re.compile(r"^W_enc_(\d+)\.safetensors$")
 
 
 def _detect(snapshot: Snapshot) -> Evidence | None:
+    if is_joint_topk(snapshot):
+        return None
     if CONFIG in snapshot.files:
         found = sorted(_KEYS & set(read_config(snapshot)))
         if found:
@@ -74,7 +80,7 @@ def read_config(snapshot: Snapshot) -> dict[str, Any]:
 
 def open_circuit_tracer(
     snapshot: Snapshot, layers: Sequence[int] | None = None, **options: Any
-) -> TensorSource:
+) -> LayerSource:
     """Open a checkpoint in circuit-tracer's layout; headers and ``config.yaml`` are read.
 
     Raises:
@@ -91,8 +97,17 @@ def open_circuit_tracer(
             f"{CONFIG} of {snapshot.where} has model_kind {kind!r}; known: {', '.join(KINDS)}"
         )
     fields = _common_fields(raw, snapshot, options)
-    build = plan_layers if kind == KINDS[0] else _plan_cross_layer
-    plans = build(snapshot, raw, layers, fields, options)
+    if has_references(raw):
+        if kind == KINDS[1]:
+            raise CheckpointError(
+                f"{CONFIG} of {snapshot.where} lists files of other repositories, which only a "
+                "per-layer set can"
+            )
+        return open_references(snapshot, raw, layers, fields, options)
+    if kind == KINDS[0]:
+        plans = plan_layers(snapshot, raw, layers, fields, options)
+    else:
+        plans = _plan_cross_layer(snapshot, layers, fields, options)
     return TensorSource(snapshot, plans, {"format": NAME, "config": raw})
 
 
@@ -106,16 +121,21 @@ def _common_fields(
         or hooks.input_site(raw.get("feature_input_hook"), where),
         "output_site": options.get("output_site")
         or hooks.output_site(raw.get("feature_output_hook"), where),
-        "leading_positions": options.get("leading_positions", 1),
+        "leading_positions": options.get("leading_positions", _leading_positions(raw)),
         "base_model": raw.get("model_name"),
         "source_format": NAME,
         "extra": {key: value for key, value in raw.items() if key not in _KEYS},
     }
 
 
+def _leading_positions(raw: Mapping[str, Any]) -> int:
+    """How many circuit-tracer leaves out: for instruction-tuned Gemma 3, the turn's start, too."""
+    model = str(raw.get("model_name")).lower()
+    return 4 if "gemma-3-" in model and model.endswith("-it") else 1
+
+
 def _plan_cross_layer(
     snapshot: Snapshot,
-    raw: Mapping[str, Any],
     layers: Sequence[int] | None,
     fields: Mapping[str, Any],
     options: Mapping[str, Any],
@@ -123,7 +143,6 @@ def _plan_cross_layer(
     unused = sorted({"k", "decoder_layout"} & set(options))
     if unused:
         raise ConfigError(f"{', '.join(unused)}: for per-layer sets; {snapshot.where} is not one")
-    check_references(snapshot, raw)
     matches = (_ENCODER.match(name) for name in snapshot.files)
     available = sorted(int(match[1]) for match in matches if match)
     if not available or available != list(range(len(available))):
@@ -139,7 +158,7 @@ def _plan_cross_layer(
     for layer, encoder, decoder in zip(available, encoders, decoders, strict=True):
         header, where = headers[encoder], f"{encoder} of {snapshot.where}"
         names = ["W_enc", "b_enc", "b_dec"]
-        names += ["threshold"] if f"threshold_{layer}" in header else []
+        names += [name for name in ("threshold", "W_skip") if f"{name}_{layer}" in header]
         refs = {name: TensorRef(encoder, f"{name}_{layer}") for name in names}
         refs["W_dec"] = TensorRef(decoder, f"W_dec_{layer}")
         config = TranscoderConfig(
@@ -148,6 +167,7 @@ def _plan_cross_layer(
             d_transcoder=tensor_length(header, f"b_enc_{layer}", where),
             layer=layer,
             activation="jumprelu" if "threshold" in refs else "relu",
+            skip="W_skip" in refs,
             cross_layer=True,
             dtype=header[f"W_enc_{layer}"].torch_name,
             **fields,

@@ -64,24 +64,12 @@ def plan_layers(
     return plans
 
 
-def check_references(snapshot: Snapshot, raw: Mapping[str, Any]) -> None:
-    """Check that the weights are in the repository itself.
-
-    Raises:
-        CheckpointError: ``transcoders:`` names files of other repositories.
-    """
-    elsewhere = [str(name) for name in raw.get("transcoders") or () if "://" in str(name)]
-    if elsewhere:
-        raise CheckpointError(
-            f"{CONFIG} of {snapshot.where} lists weights in other repositories ({elsewhere[0]} "
-            "and so on), which is not supported yet: open the repository that holds the weights"
-        )
-
-
 def _layer_files(snapshot: Snapshot, raw: Mapping[str, Any]) -> dict[int, str]:
-    check_references(snapshot, raw)
-    if raw.get("transcoders"):
-        files = dict(enumerate(map(str, raw["transcoders"])))
+    listed = raw.get("transcoders")
+    if listed and not isinstance(listed, list):
+        raise CheckpointError(f"{CONFIG} of {snapshot.where}: transcoders should be a list")
+    if listed:
+        files = dict(enumerate(map(str, listed)))
     else:
         found = ((match, name) for name in snapshot.files if (match := LAYER_FILE.match(name)))
         files = {int(match[1]): name for match, name in found}
@@ -166,7 +154,8 @@ def _k(
     k = raw.get("k") if k is None else k
     if k is None and "k" in header:
         with open_tensors(snapshot.path(file)) as handle:
-            k = int(handle.get_tensor("k").item())
+            stored = handle.get_tensor("k")
+        k = int(stored) if stored.numel() == 1 and stored.isfinite().all() else None
     if not isinstance(k, int):
         raise CheckpointError(
             f"{snapshot.where} uses TopK, but neither {CONFIG} nor the files say k as a "

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any
 
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
@@ -18,6 +18,7 @@ from huggingface_hub.file_download import repo_folder_name
 from nnsight_transcoders._version import __version__
 from nnsight_transcoders.errors import CheckpointError, ConfigError
 from nnsight_transcoders.hub.hub_errors import hub_errors, is_unreachable
+from nnsight_transcoders.hub.remote_file import open_remote
 from nnsight_transcoders.hub.snapshot import SHOWN, LocalSnapshot, Snapshot
 from nnsight_transcoders.hub.tensors import TensorInfo, read_header
 
@@ -41,6 +42,7 @@ class HubSnapshot(Snapshot):
     ) -> None:
         self._api, self.repo_id, self.commit, self.subfolder = api, repo_id, commit, subfolder
         self._cache_dir, self._local_files_only = cache_dir, local_files_only
+        self.cache_dir = cache_dir
         self.complete = complete
         self._prefix = f"{subfolder}/" if subfolder else ""
         self.where = f"{repo_id}{'/' + subfolder if subfolder else ''} at {commit[:8]}"
@@ -67,12 +69,22 @@ class HubSnapshot(Snapshot):
                 )
             )
 
-    def header(self, name: str) -> dict[str, TensorInfo]:
+    def open(self, name: str) -> IO[bytes]:
         self.require(name)
+        if self._is_here(name):
+            return super().open(name)
+        return open_remote(self._api, self.repo_id, self._prefix + name, self.commit)
+
+    def _is_here(self, name: str) -> bool:
+        """Whether a file is in the cache, or can only be there."""
         cached = try_to_load_from_cache(
             self.repo_id, self._prefix + name, cache_dir=self._cache_dir, revision=self.commit
         )
-        if isinstance(cached, str) or self._local_files_only or constants.is_offline_mode():
+        return isinstance(cached, str) or self._local_files_only or constants.is_offline_mode()
+
+    def header(self, name: str) -> dict[str, TensorInfo]:
+        self.require(name)
+        if self._is_here(name):
             return read_header(self.path(name))
         with hub_errors(self.repo_id):
             remote = self._api.parse_safetensors_file_metadata(
@@ -108,19 +120,27 @@ def open_snapshot(
     text = str(repo_or_folder)
     if not text:
         raise CheckpointError("the name is empty; pass a folder or a Hub id such as 'owner/name'")
+    api = HfApi(token=token, library_name=LIBRARY, library_version=__version__)
+
+    def open_other(name: str, other_revision: str | None) -> Snapshot:
+        return open_hub_snapshot(api, name, other_revision, cache_dir, local_files_only)
+
     folder = Path(repo_or_folder).expanduser()
     if folder.is_dir():
         if revision is not None:
             raise ConfigError(
                 f"revision={revision!r} is for Hub repositories; {folder} is a folder"
             )
-        return LocalSnapshot(folder)
+        snapshot: Snapshot = LocalSnapshot(folder)
+        snapshot.cache_dir, snapshot.open_other = cache_dir, open_other
+        return snapshot
     if folder.is_file():
         raise CheckpointError(f"{folder} is a file; pass the folder that holds the checkpoint")
     if isinstance(repo_or_folder, Path) or text.startswith(("/", ".", "~")):
         raise CheckpointError(f"there is no folder {text!r}; check the path")
-    api = HfApi(token=token, library_name=LIBRARY, library_version=__version__)
-    return open_hub_snapshot(api, text, revision, cache_dir, local_files_only)
+    snapshot = open_other(text, revision)
+    snapshot.open_other = open_other
+    return snapshot
 
 
 def open_hub_snapshot(

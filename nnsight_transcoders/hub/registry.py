@@ -8,7 +8,22 @@ from typing import Any
 
 from nnsight_transcoders._version import __version__
 from nnsight_transcoders.errors import CheckpointError, ConfigError
-from nnsight_transcoders.hub import circuit_tracer, native, peek
+from nnsight_transcoders.hub import (
+    circuit_tracer,
+    clt_training,
+    decode_clt,
+    dunefsky,
+    gemma_scope,
+    gemma_scope_2,
+    joint_topk,
+    llamascopium,
+    native,
+    peek,
+    sackfield,
+    saelens,
+    sparsify,
+    tiny_model,
+)
 from nnsight_transcoders.hub.formats import Format
 from nnsight_transcoders.hub.hub_snapshot import open_snapshot
 from nnsight_transcoders.hub.snapshot import LocalSnapshot, Snapshot
@@ -28,8 +43,24 @@ def register(format: Format) -> None:
     _FORMATS[format.name] = format
 
 
-for _format in (*native.FORMATS, *circuit_tracer.FORMATS, *peek.FORMATS):
-    register(_format)
+for _module in (
+    native,
+    circuit_tracer,
+    sparsify,
+    saelens,
+    peek,
+    gemma_scope_2,
+    gemma_scope,
+    dunefsky,
+    sackfield,
+    llamascopium,
+    clt_training,
+    decode_clt,
+    joint_topk,
+    tiny_model,
+):
+    for _format in _module.FORMATS:
+        register(_format)
 
 
 def known_formats() -> Mapping[str, Format]:

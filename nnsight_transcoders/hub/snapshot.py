@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any
 
 from nnsight_transcoders.errors import CheckpointError
 from nnsight_transcoders.hub.tensors import TensorInfo, read_header
@@ -29,11 +29,16 @@ class Snapshot(ABC):
         where: What to call it in messages.
         complete: Whether ``files`` is all there is. False when the Hub could not be asked and
             only the cache was listed.
+        cache_dir: The cache the caller named, for what is converted from this checkpoint.
+        open_other: Opens another Hub repository (id, revision) the way this one was opened; set by
+            ``open_snapshot``.
     """
 
     files: tuple[str, ...]
     where: str
     complete: bool = True
+    cache_dir: str | Path | None = None
+    open_other: Callable[[str, str | None], Snapshot] | None = None
 
     @abstractmethod
     def provenance(self) -> dict[str, Any]:
@@ -50,6 +55,13 @@ class Snapshot(ABC):
     @abstractmethod
     def header(self, name: str) -> dict[str, TensorInfo]:
         """The tensors of a safetensors file; a file that is not here yet is not downloaded."""
+
+    def open(self, name: str) -> IO[bytes]:
+        """A file as a seekable stream; one that is not here yet is downloaded as it is read."""
+        try:
+            return self.path(name).open("rb")
+        except OSError as error:
+            raise CheckpointError(f"cannot read {name} of {self.where}: {error}") from error
 
     def headers(self, names: Sequence[str]) -> dict[str, dict[str, TensorInfo]]:
         """Several headers, read at the same time."""

@@ -7,8 +7,9 @@ and whether it is stored transposed. Checks, loading and reading of rows are the
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,11 +24,20 @@ from nnsight_transcoders.transcoder import CrossLayerPart, Transcoder, Transcode
 
 @dataclass(frozen=True)
 class TensorRef:
-    """Where one tensor is: file, name in it, and whether it is stored the other way round."""
+    """Where one tensor is: file, name in it, and whether it is stored the other way round.
+
+    Attributes:
+        file: The file.
+        key: The tensor's name in it.
+        transposed: It is a matrix stored the other way round.
+        zeros: For a cross-layer ``W_dec``: so many targets come before the first one of the plan,
+            and what is written to them must be zero.
+    """
 
     file: str
     key: str
     transposed: bool = False
+    zeros: int = 0
 
 
 @dataclass(frozen=True)
@@ -39,12 +49,15 @@ class LayerPlan:
         tensors: Canonical name -> where it is.
         targets: The layers it writes to, for a part of a cross-layer transcoder.
         ignored: Names in its files that are known and carry no weights (``"k"``).
+        fold: Called with the loaded tensors, canonical but for what it changes in place: ``b_enc``
+            or ``b_dec``. ``W_enc`` and ``W_dec`` stay, since ``rows`` reads them from the file.
     """
 
     config: TranscoderConfig
     tensors: Mapping[str, TensorRef]
     targets: tuple[int, ...] | None = None
     ignored: Collection[str] = ()
+    fold: Callable[[dict[str, Tensor]], None] | None = None
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -74,21 +87,32 @@ class TensorSource:
                 check_header(str(path), file, header, plan)
                 for name, ref in plan.tensors.items():
                     if ref.file == file:
-                        tensor = handle.get_tensor(ref.key)
-                        tensors[name] = tensor.T.contiguous() if ref.transposed else tensor
+                        tensors[name] = _canonical(handle.get_tensor(ref.key), ref, str(path))
+        if plan.fold is not None:
+            plan.fold(tensors)
         return build_module(plan.config, tensors, plan.targets)
 
     def rows(self, layer: int, indices: Tensor, which: Rows) -> Tensor:
-        """Single rows, read from the file without loading the tensor."""
+        """Single rows, read from the file without loading the tensor, in the layer's dtype."""
         plan = self._plans[layer]
         name = "W_enc" if which == "encoder" else "W_dec"
+        ref = plan.tensors[name]
+        path, _ = self._checked(plan, name)
+        rows = read_rows(path, ref.key, indices, transposed=ref.transposed)
+        rows = rows[:, ref.zeros :].contiguous() if ref.zeros else rows
+        _, encoder = self._checked(plan, "W_enc")
+        return rows.to(FLOAT_DTYPES[encoder.dtype])
+
+    def _checked(self, plan: LayerPlan, name: str) -> tuple[Path, TensorInfo]:
+        """The file of a tensor and what its header says, which must be as planned."""
         ref = plan.tensors[name]
         path = self._snapshot.path(ref.file)
         with open_tensors(path) as handle:
             if ref.key not in set(handle.keys()):
                 raise _missing(str(path), ref.key, handle.keys())
-            _check_tensor(str(path), name, ref, _info(handle, ref.key), plan)
-        return read_rows(path, ref.key, indices, transposed=ref.transposed)
+            info = _info(handle, ref.key)
+        _check_tensor(str(path), name, ref, info, plan)
+        return path, info
 
 
 def expected_shape(
@@ -134,6 +158,18 @@ def _info(handle: Any, key: str) -> TensorInfo:
     return TensorInfo(tuple(stored.get_shape()), stored.get_dtype())
 
 
+def _canonical(tensor: Tensor, ref: TensorRef, path: str) -> Tensor:
+    """A stored tensor the way round that the canonical form has it."""
+    if ref.zeros:
+        if torch.count_nonzero(tensor[:, : ref.zeros]):
+            raise CheckpointError(
+                f"{path}: {ref.key} writes to layers before its own (slices 0 to {ref.zeros - 1} "
+                "are not zero), so it is not what its layout says"
+            )
+        return tensor[:, ref.zeros :].contiguous()
+    return tensor.T.contiguous() if ref.transposed else tensor
+
+
 def _missing(path: str, key: str, present: Collection[str]) -> CheckpointError:
     return CheckpointError(
         f"{path} has no tensor {key}; it has {', '.join(sorted(present)) or 'none'}"
@@ -172,6 +208,8 @@ def _check_tensor(path: str, name: str, ref: TensorRef, info: TensorInfo, plan: 
     expected = expected_shape(name, plan.config, plan.targets)
     if ref.transposed:
         expected = expected[::-1]
+    if ref.zeros:
+        expected = (expected[0], expected[1] + ref.zeros, *expected[2:])
     # One threshold may stand for all features.
     allowed = (expected, ()) if name == "threshold" else (expected,)
     if info.shape not in allowed:

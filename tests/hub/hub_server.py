@@ -49,6 +49,23 @@ class Request:
     headers: dict[str, str]
 
 
+@dataclass
+class Fault:
+    """What goes wrong with requests for some paths.
+
+    Attributes:
+        path: Regular expression for the path.
+        status: Answered instead; 0: the connection is cut in the middle of the answer.
+        times: How often; then all is well again.
+        method: Only requests of this kind.
+    """
+
+    path: str
+    status: int
+    times: int = 1
+    method: str = "GET"
+
+
 class HubServer:
     """The server's state. Start it with ``running()``."""
 
@@ -58,6 +75,7 @@ class HubServer:
         self.requests: list[Request] = []
         self.url = ""
         self.down = False
+        self.faults: list[Fault] = []
 
     def add(self, repo_id: str, files: dict[str, bytes], **about: Any) -> Repo:
         """Make a repository with one commit on ``main``."""
@@ -73,6 +91,14 @@ class HubServer:
             if match and request.method == "GET":
                 found[unquote(match[1])] = found.get(unquote(match[1]), 0) + request.sent
         return found
+
+    def fault(self, method: str, path: str) -> Fault | None:
+        """The fault that hits a request, counted down."""
+        for fault in self.faults:
+            if fault.times > 0 and fault.method == method and re.search(fault.path, path):
+                fault.times -= 1
+                return fault
+        return None
 
     @contextmanager
     def running(self) -> Iterator[HubServer]:
@@ -93,6 +119,7 @@ class HubServer:
 class _Handler(BaseHTTPRequestHandler):
     hub: HubServer
     protocol_version = "HTTP/1.1"
+    cut = False
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
@@ -106,7 +133,10 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in {"Content-Length": str(len(body)), **headers}.items():
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
-        if self.command != "HEAD":
+        if self.cut:
+            self.wfile.write(body[: len(body) // 2])
+            self.close_connection = True
+        elif self.command != "HEAD":
             self.wfile.write(body)
 
     def answer_json(self, data: Any, status: int = 200) -> None:
@@ -137,8 +167,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def handle_request(self, body: bytes) -> None:
         path = unquote(urlsplit(self.path).path)
-        if self.hub.down:
-            return self.answer(503)
+        fault = self.hub.fault(self.command, path)
+        if self.hub.down or (fault and fault.status):
+            return self.answer(fault.status if fault else 503)
+        self.cut = fault is not None
         routes = (
             (r"^/api/models/([^/]+/[^/]+)(?:/revision/(.+))?$", self.info),
             (r"^/([^/]+/[^/]+)/resolve/([^/]+)/(.+)$", self.file),

@@ -168,10 +168,7 @@ def test_opening_reads_no_weight_and_layers_are_chosen(tmp_path: Path) -> None:
         TranscoderSet.from_pretrained(tmp_path, layers=[1])[1]
 
 
-def test_references_to_other_repositories(tmp_path: Path) -> None:
-    write_set(tmp_path, [layer_tensors(1)], transcoders=["hf://google/gemma-scope/params.npz"])
-    with pytest.raises(CheckpointError, match="other repositories .*not supported yet"):
-        TranscoderSet.from_pretrained(tmp_path)
+def test_files_named_in_the_config(tmp_path: Path) -> None:
     write_set(tmp_path, [layer_tensors(1), layer_tensors(9)])
     listed = {"transcoders": ["layer_1.safetensors", "layer_0.safetensors"]}
     write_set(tmp_path, [layer_tensors(1), layer_tensors(9)], **listed)
@@ -268,3 +265,22 @@ def test_cross_layer_damage(tmp_path: Path) -> None:
     (tmp_path / "W_enc_1.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"layers \[0, 2\]; .*all of them"):
         TranscoderSet.from_pretrained(tmp_path)
+
+
+def test_cross_layer_skip_paths(tmp_path: Path) -> None:
+    layers = write_cross_layer(tmp_path, 2, False)
+    skips = [random(90 + i, D, D) for i in range(2)]
+    for i, w in enumerate(layers):
+        kept = {key: tensor for key, tensor in w.items() if not key.startswith("W_dec")}
+        write_tensors(tmp_path / f"W_enc_{i}.safetensors", kept | {f"W_skip_{i}": skips[i]})
+    x = {i: random(50 + i, 4, D) for i in range(2)}
+    found = TranscoderSet.from_pretrained(tmp_path).cross_layer_transcoder()(x)
+    acts = [torch.relu(x[i] @ w[f"W_enc_{i}"].T + w[f"b_enc_{i}"]) for i, w in enumerate(layers)]
+    expected = acts[0] @ layers[0]["W_dec_0"][:, 1] + acts[1] @ layers[1]["W_dec_1"][:, 0]
+    torch.testing.assert_close(found[1], expected + layers[1]["b_dec_1"] + x[1] @ skips[1].T)
+
+
+def test_leading_positions_of_gemma_3(tmp_path: Path) -> None:
+    for model, leading in (("google/gemma-3-1b-it", 4), ("google/gemma-3-1b-pt", 1)):
+        write_set(tmp_path, [layer_tensors(1)], model_name=model)
+        assert TranscoderSet.from_pretrained(tmp_path).config(0).leading_positions == leading
