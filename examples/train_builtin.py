@@ -52,9 +52,10 @@ ROW_LENGTHS = (32, 64, CONTEXT)
 KINDS: dict[str, dict[str, Any]] = {
     "per-layer": {"d_transcoder": 768, "activation": "batchtopk", "k": 16},
     "skip": {"d_transcoder": 768, "activation": "topk", "k": 16, "skip": True},
-    "clt": {"d_transcoder": 512, "activation": "batchtopk", "k": 16, "cross_layer": True},
+    "clt": {"d_transcoder": 512, "activation": "batchtopk", "k": 12, "cross_layer": True},
 }
 """What the transcoder sets differ in; all read at N1 and write at O."""
+STEPS = {"per-layer": 1500, "skip": 1500, "clt": 1000}
 TEST_SEED = 10_000
 """The seed of the text that sets are measured on; no training run uses it."""
 DEAD_AFTER = 100
@@ -303,13 +304,14 @@ def transcoders(
     kind: str = typer.Option(..., help=f"One of {', '.join(KINDS)}."),
     model: Path = FILES / "model",
     out: Path | None = None,
-    steps: int = 1500,
+    steps: int | None = None,
     tokens: int = 2048,
     peak: float = 2e-3,
     seed: int = 0,
     threads: int = 1,
 ) -> None:
     """Trains one set of transcoders on the model's own activations."""
+    steps = steps or STEPS[kind]
     torch.set_num_threads(threads)
     network = AutoModelForCausalLM.from_pretrained(model).eval()
     source = batches(AutoTokenizer.from_pretrained(model), tokens, seed + 1)
