@@ -6,9 +6,12 @@ VENV ?= .venv
 #   make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 TORCH ?= torch==2.13.0
 
+# Other packages that read our files, each in an environment of its own (see docs/testing.md).
+PEERS ?= .venv-peers
+
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint test-browser test-slow docs clean
+.PHONY: demo test lint test-browser test-slow test-peers docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/nnsight-transcoders trace
@@ -27,11 +30,14 @@ test-browser: $(VENV)/.installed-dev
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow
 
+test-peers: $(VENV)/.installed-dev $(PEERS)/sae-lens/.installed $(PEERS)/circuit-tracer/.installed
+	PEERS=$(abspath $(PEERS)) $(BIN)/python -m pytest -m peers tests/peers
+
 docs: $(VENV)/.installed-docs
 	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) build dist site out
+	rm -rf $(VENV) $(PEERS) build dist site out
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -45,4 +51,11 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 
 $(VENV)/.installed-docs: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	touch $@
+
+# The directory's name is the package's.
+$(PEERS)/%/.installed:
+	$(PYTHON) -m venv $(PEERS)/$*
+	$(PEERS)/$*/bin/python -m pip install --quiet $(TORCH)
+	$(PEERS)/$*/bin/python -m pip install --quiet $*
 	touch $@

@@ -12,12 +12,27 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from .attach import ablate, attach, attached, detach, scale, set_features, steer
+    from .attachment import ablate, attach, attached, detach, scale, set_features, steer
     from .builtin import BUILTIN_SETS, builtin_model_path
     from .circuits.attribution import attribute
+    from .circuits.blind import BlindStudy
+    from .circuits.connections import strongest_connections, top_connections
     from .circuits.contributions import CircuitRun
+    from .circuits.global_weights import global_weights
     from .circuits.graph import AttributionGraph
+    from .circuits.path_graph import path_graph
     from .circuits.paths import Where, merge_paths, top_paths
+    from .circuits.qk import qk_attribution
+    from .circuits.summary import feature_summary
+    from .circuits.virtual_weights import (
+        de_embed,
+        logits_of,
+        pull_back,
+        push_forward,
+        read_vectors,
+        virtual_weights,
+        write_vectors,
+    )
     from .circuits.weights import de_embeddings, feature_details, logit_effects
     from .errors import TranscoderError
     from .evaluation import verify
@@ -28,6 +43,7 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "AttributionGraph": ".circuits.graph",
     "BUILTIN_SETS": ".builtin",
+    "BlindStudy": ".circuits.blind",
     "CircuitRun": ".circuits.contributions",
     "CrossLayerTranscoder": ".transcoder",
     "Sites": ".sites",
@@ -36,22 +52,35 @@ _PUBLIC = {
     "TranscoderError": ".errors",
     "TranscoderSet": ".sets",
     "Where": ".circuits.paths",
-    "ablate": ".attach",
-    "attach": ".attach",
-    "attached": ".attach",
+    "ablate": ".attachment",
+    "attach": ".attachment",
+    "attached": ".attachment",
     "attribute": ".circuits.attribution",
     "builtin_model_path": ".builtin",
+    "de_embed": ".circuits.virtual_weights",
     "de_embeddings": ".circuits.weights",
-    "detach": ".attach",
+    "detach": ".attachment",
     "feature_details": ".circuits.weights",
+    "feature_summary": ".circuits.summary",
+    "global_weights": ".circuits.global_weights",
     "logit_effects": ".circuits.weights",
+    "logits_of": ".circuits.virtual_weights",
     "merge_paths": ".circuits.paths",
+    "path_graph": ".circuits.path_graph",
+    "pull_back": ".circuits.virtual_weights",
+    "push_forward": ".circuits.virtual_weights",
+    "qk_attribution": ".circuits.qk",
+    "read_vectors": ".circuits.virtual_weights",
     "resolve_sites": ".sites",
-    "scale": ".attach",
-    "set_features": ".attach",
-    "steer": ".attach",
+    "scale": ".attachment",
+    "set_features": ".attachment",
+    "steer": ".attachment",
+    "strongest_connections": ".circuits.connections",
+    "top_connections": ".circuits.connections",
     "top_paths": ".circuits.paths",
     "verify": ".evaluation",
+    "virtual_weights": ".circuits.virtual_weights",
+    "write_vectors": ".circuits.virtual_weights",
 }
 
 __all__ = ["__version__", *_PUBLIC]

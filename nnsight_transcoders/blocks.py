@@ -199,6 +199,9 @@ def _attention_parts(
     value = next((n for n in _VALUE if n in linears), None)
     fused = next((n for n in _FUSED if n in linears), None)
     made = value or fused
+    # Multi-head latent attention makes values in two steps with a norm between them.
+    if made is None and "value" not in given and not hasattr(inner, "kv_lora_rank"):
+        raise missing("value")
     known = {*_VALUE, *_QUERY_KEY, *_FUSED, (given.get("value") or "").rpartition(".")[2]}
     outs = [n for n in linears if n in _OUT] or [n for n in linears if n not in known]
     if len(outs) != 1 and "out_proj" not in given:

@@ -84,7 +84,8 @@ def load_model(name: str, dtype: str = "float32", device: str = "cpu") -> Any:
     from .transcoder import torch_dtype
 
     path = str(builtin_model_path()) if name == "builtin" else name
-    options = {"device_map": device, "dtype": torch_dtype(dtype)}
+    # Only "auto" (several devices) needs accelerate, which transformers wants for any device_map.
+    options = {"device_map" if device == "auto" else "device": device, "dtype": torch_dtype(dtype)}
     _check_device(device)
     try:
         return TransformersModel(path, task="text-generation", dispatch=True, **options)

@@ -7,14 +7,15 @@ shows up as strange circuits. Here it shows up as a fraction of variance unexpla
     L0  = mean number of active features per position
     CE  = mean cross-entropy of the next token, in nats
 
-Padding and the leading positions that a set was not trained on are left out.
+Padding and the leading positions that a set was not trained on are left out. Where a layer fails,
+the neighbouring ways to read the set are tried on the same text, and the one that fits is named.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import nnsight
@@ -23,12 +24,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .attach import attached
+from .attachment import attached
 from .builtin import builtin_model_path
 from .circuits.collect import token_ids_of
 from .errors import InputError
+from .hypotheses import NONE_FITS, explain, rank_hypotheses
 from .models import hf_module
 from .sets import TranscoderSet
+from .site_values import read_sites
 from .sites import Sites, resolve_sites
 
 #: Text for a first check when the caller gives none.
@@ -61,6 +64,9 @@ class LayerFit:
         ce_change: Rise of the cross-entropy in nats when this layer's MLP alone is replaced; None
             for a cross-layer set, whose layers need each other.
         verdict: ``"fits"``, ``"weak"`` or ``"does not fit"``.
+        hypothesis: Of a layer that does not fit, the other way to read it that does, such as
+            ``"input site N0 instead of N1 (FVU 0.07)"``, or that there is none. Of a weak one, such
+            a way if it leaves half as much unexplained or less. Else None.
     """
 
     layer: int
@@ -68,6 +74,7 @@ class LayerFit:
     l0: float
     ce_change: float | None
     verdict: Verdict
+    hypothesis: str | None = None
 
 
 @dataclass(frozen=True)
@@ -137,9 +144,10 @@ def verify(
             with attached(model, transcoders, [layer], sites=sites) as replaced:
                 changes[layer] = (_cross_entropy(replaced, batches)[0] - ce) / n_predicted
             passes.update()
-    fits = tuple(_fit(layer, sums[layer], changes[layer]) for layer in transcoders.layers)
+    fits = [_fit(layer, sums[layer], changes[layer]) for layer in transcoders.layers]
+    fits = _explained(model, transcoders, fits, batches, sites)
     n_tokens = int(sums[transcoders.layers[0]].n)
-    return FitReport(n_tokens, ce / n_predicted, ce_replaced / n_predicted, fits)
+    return FitReport(n_tokens, ce / n_predicted, ce_replaced / n_predicted, tuple(fits))
 
 
 def _default_text(module: Any) -> Sequence[str]:
@@ -207,6 +215,31 @@ def _fit(layer: int, sums: _Sums, change: float | None) -> LayerFit:
     if fvu < FAILS_FROM:
         verdict = "fits" if fvu < FITS_BELOW else "weak"
     return LayerFit(layer, fvu, sums.active / sums.n, change, verdict)
+
+
+def _explained(
+    model: Any,
+    transcoders: TranscoderSet,
+    fits: Sequence[LayerFit],
+    batches: Sequence[Tensor],
+    sites: Sites,
+) -> list[LayerFit]:
+    """The same with the hypotheses of the layers that do not fit well."""
+    poor = {fit.layer: fit for fit in fits if fit.verdict != "fits"}
+    groups = [list(transcoders.layers)] if transcoders.cross_layer else [[n] for n in poor]
+    found: dict[int, str | None] = {}
+    for group in groups if poor else ():
+        leading = {layer: transcoders.config(layer).leading_positions for layer in group}
+        if transcoders.cross_layer:  # all parts on the same positions
+            leading = dict.fromkeys(group, max(leading.values()))
+        values = read_sites(model, sites, leading, batches)
+        modules = {layer: transcoders[layer] for layer in group}
+        for layer, ranked in rank_hypotheses(modules, values, FITS_BELOW).items():
+            if layer in poor:
+                failed = poor[layer].verdict == "does not fit"
+                good = FITS_BELOW if failed else poor[layer].fvu / 2
+                found[layer] = explain(ranked, good) or (NONE_FITS if failed else None)
+    return [replace(fit, hypothesis=found.get(fit.layer)) for fit in fits]
 
 
 def _fit_sums(

@@ -1,6 +1,6 @@
 """The module that ``attach`` mounts for a layer: its transcoder, with a location for every value.
 
-Torch only: where it reads and writes in a model is ``attach.py``'s business.
+Torch only: where it reads and writes in a model is ``attachment.py``'s business.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Served(nn.Module):
 
 
 class Replacement(nn.Module):
-    """One layer's transcoder as a module of the model (see ``attach.py``).
+    """One layer's transcoder as a module of the model (see ``attachment.py``).
 
     Args:
         own: The layer's transcoder.

@@ -197,7 +197,7 @@ def test_trace_leaves_earlier_files_when_it_fails(
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("nnsight_transcoders.circuits.graph.save_file", full_disk)
+    monkeypatch.setattr("nnsight_transcoders.circuits.graph_io.save_file", full_disk)
     fails(trace(PROMPT, "--out", "out"), "No space left on device")
     assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
 

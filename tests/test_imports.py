@@ -132,11 +132,11 @@ def stdlib_only(names: frozenset[str]) -> set[str]:
 
 
 def test_the_reader_of_imports_sees_them():
-    assert {".errors", ".sets", ".replacement", "nnsight", "torch"} <= imports("attach")
+    assert {".errors", ".sets", ".replacement", "nnsight", "torch"} <= imports("attachment")
     assert {".sets", ".hub.registry"} <= imports("hub.native") | imports("sets")
     assert ".circuits.collect" in imports("circuits.attribution")
-    assert "transformers" not in imports("attach")
-    assert {"torch", ".activations"} <= reach("attach")
+    assert "transformers" not in imports("attachment")
+    assert {"torch", ".activations"} <= reach("attachment")
 
 
 @pytest.mark.parametrize(
@@ -185,9 +185,9 @@ def test_the_hub_knows_sets_but_no_model(module):
 
 
 def test_attach_knows_sites_and_sites_do_not_know_attach():
-    assert ".sites" in imports("attach")
-    assert not {".attach", ".replacement", ".sets", ".transcoder"} & reach("sites")
-    own = {n for n in imports("attach") if n.startswith(".")}
+    assert ".sites" in imports("attachment")
+    assert not {".attachment", ".replacement", ".sets", ".transcoder"} & reach("sites")
+    own = {n for n in imports("attachment") if n.startswith(".")}
     assert own <= {".blocks", ".errors", ".models", ".norms", ".replacement", ".sets", ".sites"}
 
 
@@ -258,3 +258,8 @@ def test_no_module_changes_torch_transformers_or_nnsight(path):
         if isinstance(t, ast.Attribute) and isinstance(t.value, ast.Name)
     }
     assert not roots & {"torch", "transformers", "nnsight", "F"}
+
+
+def test_no_public_name_is_a_modules():
+    """Importing a submodule sets it as the package's attribute: a name of both would be either."""
+    assert not set(nnsight_transcoders._PUBLIC) & set(MODULES)

@@ -360,7 +360,6 @@ def test_renamed_projections_can_be_given(old, new, part):
         ({"attention": "model.layers.{layer}.nothing"}, ["nothing", "self_attn"]),
         ({"mlp": "model.layers.{layer}.nothing"}, ["nothing", "mlp"]),
         ({"mlp_norm": "model.layers.{layer}.nothing"}, ["model.layers.0.nothing"]),
-        ({"value": None}, ["None"]),
         ({"value_layout": "sideways"}, ["'sideways'", "grouped"]),
         ({"mlp_inn": "model"}, ["mlp_inn", "mlp_in", "final_norm", "blocks"]),
     ],
@@ -370,6 +369,14 @@ def test_an_override_that_is_not_there_is_named(given, named):
         resolve_sites(zoo.hf_model("llama"), **given)
     for text in named:
         assert text in str(caught.value)
+
+
+def test_latent_attention_has_no_value_module():
+    """Only autograd expresses it, so the operator has to be told, also by hand."""
+    model = zoo.hf_model("llama")
+    assert resolve_sites(model, value=None).layers[0].value is None
+    with pytest.raises(SiteError, match="no module that makes the values"):
+        freeze_with("llama", value=None)
 
 
 # -- models that are not understood --------------------------------------------------------------

@@ -25,7 +25,7 @@ from .active import active_features
 from .assemble import assemble
 from .autograd import AutogradEngine
 from .candidates import Candidates, Engine
-from .collect import Run, collect, token_ids_of
+from .collect import Run, collect, token_ids_of, token_texts
 from .edges import MEMORY_BUDGET
 from .engine import OperatorEngine
 from .expand import expand
@@ -117,7 +117,7 @@ def attribute(
             "position": position,
         },
     }
-    return assemble(candidates, rows, expanded, _token_texts(model, token_ids), metadata)
+    return assemble(candidates, rows, expanded, token_texts(model, token_ids), metadata)
 
 
 def _engine(
@@ -155,10 +155,3 @@ def _provenance(module: nn.Module, sites: Sites, transcoders: TranscoderSet) -> 
 
 def _name(dtype: Any) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _token_texts(model: Any, token_ids: Tensor) -> tuple[str, ...]:
-    tokenizer = getattr(model, "tokenizer", None)
-    if tokenizer is None:
-        return tuple(f"<{i}>" for i in token_ids.tolist())
-    return tuple(tokenizer.decode([i]) for i in token_ids.tolist())

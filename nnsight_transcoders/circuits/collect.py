@@ -98,6 +98,14 @@ def token_ids_of(model: Any, prompt: str | Sequence[int] | Tensor, sites: Sites)
     return ids
 
 
+def token_texts(model: Any, token_ids: Tensor) -> tuple[str, ...]:
+    """Each of the token ids ``(T,)`` as text; ``<id>`` without a tokenizer."""
+    tokenizer = getattr(model, "tokenizer", None)
+    if tokenizer is None:
+        return tuple(f"<{i}>" for i in token_ids.tolist())
+    return tuple(tokenizer.decode([i]) for i in token_ids.tolist())
+
+
 @contextmanager
 def eager_attention(module: nn.Module) -> Iterator[None]:
     """Run attention in its eager form, which alone returns the pattern; put back afterwards."""

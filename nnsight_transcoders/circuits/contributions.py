@@ -26,7 +26,7 @@ from nnsight_transcoders.sets import TranscoderSet
 from nnsight_transcoders.sites import Sites, resolve_sites
 
 from .active import ActiveFeatures, active_features
-from .collect import Run, collect, token_ids_of
+from .collect import Run, collect, token_ids_of, token_texts
 from .engine import OperatorEngine
 from .linear import FrozenModel
 from .targets import Target, choose_targets
@@ -48,6 +48,7 @@ class FeatureVector:
         n_mlp: How many layers' MLP outputs have been added where it reads.
         constant: What is added to the product: an encoder's bias times the weights so far.
         name: For messages and graphs.
+        token_id: The vocabulary id where a token's logit is the root target; -1 otherwise.
     """
 
     vector: Tensor
@@ -56,6 +57,7 @@ class FeatureVector:
     n_mlp: int
     constant: float
     name: str
+    token_id: int = -1
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class CircuitRun:
         run: What ``collect`` kept.
         engine: The frozen model.
         active: The active features.
-        model: The nnsight model, for its tokenizer and unembedding.
+        model: The nnsight model, for its tokenizer, its unembedding and its attention modules.
     """
 
     def __init__(
@@ -103,7 +105,7 @@ class CircuitRun:
     ) -> None:
         self.sites, self.run, self.active = sites, run, active
         self.frozen: FrozenModel = engine.frozen
-        self._engine, self._model = engine, model
+        self._engine, self.model = engine, model
         self._resid = [resid.to(engine.dtype) for resid in run.resid]
         start = torch.zeros_like(engine.final)
         self._attention_bias = [layer.attend(start, constants=True) for layer in self.frozen.layers]
@@ -133,6 +135,11 @@ class CircuitRun:
         active = active_features(run, transcoders, engine.inputs, engine.dtype)
         return cls(sites, run, engine, active, model)
 
+    @property
+    def token_texts(self) -> tuple[str, ...]:
+        """The prompt's tokens as text."""
+        return token_texts(self.model, self.run.token_ids)
+
     # -- targets ---------------------------------------------------------------------------------
 
     def feature(self, layer: int, index: int, position: int = -1) -> FeatureVector:
@@ -161,7 +168,7 @@ class CircuitRun:
         )
         final = self._engine.final[position]
         spec = choose_targets(
-            self._model, hf_module(self._model), self.sites, at, final, [target], 1, 1.0
+            self.model, hf_module(self.model), self.sites, at, final, [target], 1, 1.0
         )
         norm = self.frozen.final_norm
         vector = norm.adjoint_at(spec.direction, torch.tensor([position]))[0]
@@ -169,12 +176,33 @@ class CircuitRun:
         if norm.bias is not None:
             constant += float(spec.direction[0] @ norm.bias)
         n_layers = self.frozen.n_layers
-        return FeatureVector(vector, position, n_layers, n_layers, constant, spec.names[0])
+        return FeatureVector(
+            vector, position, n_layers, n_layers, constant, spec.names[0], max(-1, int(spec.index))
+        )
 
     def total(self, target: FeatureVector) -> float:
         """What a target's contributions sum to, read off the run itself."""
         stream = self._stream(target.n_attention, target.n_mlp)[target.position]
         return float(stream @ target.vector) + target.constant
+
+    # -- values of the run -----------------------------------------------------------------------
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which everything is computed."""
+        return self._engine.dtype
+
+    def inputs(self, layer: int) -> Tensor:
+        """What a layer's transcoder read ``(T, D)``."""
+        return self._engine.inputs[layer]
+
+    def attention_output(self, layer: int) -> Tensor:
+        """What a layer's attention added to the stream ``(T, D)``, but for its biases."""
+        return self.frozen.layers[layer].attend(self._resid[layer], constants=False)
+
+    def attention_bias(self, layer: int) -> Tensor:
+        """What the biases on the way through a layer's attention added to the stream."""
+        return self._attention_bias[layer]
 
     # -- taking apart ----------------------------------------------------------------------------
 

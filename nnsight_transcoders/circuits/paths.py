@@ -8,6 +8,7 @@ ranking signed values, as the paper's code does, drops the paths that inhibit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
@@ -60,6 +61,24 @@ class Where:
         return Where(_test=lambda found: not self(found))
 
 
+#: Which component a contribution is of, whatever it carries: kind, layer, position, index.
+Key = tuple[str, int, int, int]
+
+#: What a component is recognised by: a test, or a contribution (compared by its ``Key``).
+Pattern = Contribution | Callable[[Contribution], bool]
+
+
+def key_of(found: Contribution) -> Key:
+    """The component that a contribution is of: the same along every path that it lies on."""
+    return (found.kind, found.layer, found.position, found.index)
+
+
+def _fits(pattern: Pattern, step: Contribution) -> bool:
+    if isinstance(pattern, Contribution):
+        return key_of(pattern) == key_of(step)
+    return pattern(step)
+
+
 @dataclass(frozen=True)
 class Path:
     """A path from the root target down to where it was followed.
@@ -84,9 +103,54 @@ class Path:
         """See the class."""
         return self.steps[-1].kind not in EXTENDABLE
 
+    @property
+    def capped(self) -> float:
+        """``value``, but no larger than what flows through any one feature of the path.
+
+        A stand-in for ablating a feature, which takes away no more than flows through it.
+        """
+        sizes = [abs(step.value) for step in self.steps if step.kind == "feature"]
+        return math.copysign(min([*sizes, abs(self.value)]), self.value)
+
+    def contains(self, part: Path | Pattern | Sequence[Pattern]) -> bool:
+        """Whether a component, or a sub-path without gaps, lies on this path.
+
+        Args:
+            part: A ``Where`` (or any test), a contribution, another path, or a sequence of tests
+                and contributions, nearest to the root first. Values do not matter.
+
+        Raises:
+            InputError: An empty sequence.
+        """
+        wanted = _patterns(part)
+        return any(self._fits_at(start, wanted) for start in range(len(self.steps)))
+
+    def avoids(self, part: Path | Pattern | Sequence[Pattern]) -> bool:
+        """Whether it does not lie on this path (see ``contains``)."""
+        return not self.contains(part)
+
+    def ends_in(self, part: Path | Pattern | Sequence[Pattern]) -> bool:
+        """Whether this path's last steps are that component or sub-path (see ``contains``)."""
+        wanted = _patterns(part)
+        return self._fits_at(len(self.steps) - len(wanted), wanted)
+
+    def _fits_at(self, start: int, wanted: Sequence[Pattern]) -> bool:
+        steps = self.steps[start : start + len(wanted)] if start >= 0 else ()
+        return len(steps) == len(wanted) and all(map(_fits, wanted, steps))
+
     def __str__(self) -> str:
         steps = " <- ".join([self.root, *(str(step) for step in self.steps)])
         return f"{self.value:+.4f}  {steps}"
+
+
+def _patterns(part: Path | Pattern | Sequence[Pattern]) -> Sequence[Pattern]:
+    if isinstance(part, Path):
+        return part.steps
+    if isinstance(part, Contribution) or callable(part):
+        return (part,)
+    if not len(part):
+        raise InputError("an empty sub-path lies on every path: name at least one component")
+    return part
 
 
 def top_paths(

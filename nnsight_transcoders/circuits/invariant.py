@@ -1,0 +1,212 @@
+"""The input-invariant half of the frozen model: rows in the stream, and OV circuits.
+
+What a transcoder's rows are as vectors of the residual stream, and what one attention head does
+with such a vector, does not depend on the input once norms count with their gain and centring and
+without their denominators, and attention patterns are left out (section 4.1 of Dunefsky, Chlenski,
+Nanda 2024). ``virtual_weights.py`` multiplies what is made here.
+
+Legend: n vectors, D d_model, F features of a layer, W layers written to, m = heads x width of a
+head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nnsight_transcoders.errors import InputError, SiteError
+from nnsight_transcoders.models import hf_module
+from nnsight_transcoders.norms import probed_spec
+from nnsight_transcoders.sets import TranscoderSet
+from nnsight_transcoders.sites import Sites, resolve_sites
+
+from .collect import Run, collect
+from .freeze import MlpSide, attribution_dtype, freeze, freeze_norms, linear_weight
+from .linear import FrozenNorm
+
+#: An attention layer and one of its heads, or all of them together.
+Head = tuple[int, int | None]
+
+
+@dataclass(frozen=True)
+class OVCircuit:
+    """What some heads of one layer do to a vector of the stream, per unit of attention.
+
+    Attributes:
+        layer: Their layer.
+        value: ``(m, D)`` value rows, the norm before attention folded in; under grouped-query
+            attention a head has those of its group.
+        out: ``(D, m)`` output columns, the norm behind attention folded in.
+    """
+
+    layer: int
+    value: Tensor
+    out: Tensor
+
+    def forward(self, written: Tensor) -> Tensor:
+        """``W_V W_O`` of vectors ``(n, D)`` before attention: what the heads move to later ones."""
+        return (written @ self.value.T) @ self.out.T
+
+    def pull_back(self, read: Tensor) -> Tensor:
+        """The transpose: cotangents ``(n, D)`` after attention to those before it."""
+        return (read @ self.out) @ self.value
+
+
+class InvariantModel:
+    """A model's norms and OV circuits without what depends on the input.
+
+    Args:
+        model: An nnsight model.
+        sites: Its sites, where they have to be given by hand.
+    """
+
+    def __init__(self, model: Any, sites: Sites | None = None) -> None:
+        self._model = model
+        self.module = hf_module(model)
+        self.sites = sites or resolve_sites(self.module)
+        embedding: Any = self.module.get_submodule(self.sites.embed)
+        self.dtype = attribution_dtype(embedding.weight.dtype)
+        self.device = embedding.weight.device
+        self._norms: dict[str, FrozenNorm] = {}
+
+    def norm(self, path: str) -> FrozenNorm:
+        """A norm with its denominators at one and without its bias."""
+        if path not in self._norms:
+            spec = probed_spec(self.module, path, self.sites.d_model)
+            gain = spec.gain.to(self.device, self.dtype)
+            self._norms[path] = FrozenNorm(gain, None, gain.new_ones(1, 1), spec.centred)
+        return self._norms[path]
+
+    def read_norm(self, transcoders: TranscoderSet, layer: int) -> FrozenNorm | None:
+        """The norm between the stream and a layer's input site.
+
+        Raises:
+            SiteError: A transcoder reads site N0 where there is no norm before the MLP.
+        """
+        config, path = transcoders.config(layer), self.sites.layers[layer].mlp_norm
+        if config.input_site == "R":
+            return None
+        if path is None:
+            if config.input_site == "N0":
+                raise SiteError(f"layer {layer}'s transcoder reads site N0, but there is no norm")
+            return None
+        norm = self.norm(path)
+        plain = config.input_site == "N0"
+        return replace(norm, gain=torch.ones_like(norm.gain)) if plain else norm
+
+    def write_norm(self, transcoders: TranscoderSet, layer: int) -> FrozenNorm | None:
+        """The norm between a layer's output site and the stream."""
+        path = self.sites.layers[layer].mlp_post_norm
+        return self.norm(path) if path and transcoders.config(layer).output_site == "O" else None
+
+    def cast(self, vectors: Tensor) -> Tensor:
+        """Vectors where and as everything is computed."""
+        return vectors.detach().to(self.device, self.dtype)
+
+    def read(self, transcoders: TranscoderSet, layer: int, rows: Tensor) -> Tensor:
+        """Encoder rows ``(n, D)`` of a layer as they read the stream."""
+        norm, rows = self.read_norm(transcoders, layer), self.cast(rows)
+        return rows if norm is None else norm.fold_in(rows)
+
+    def written(self, transcoders: TranscoderSet, target: int, rows: Tensor) -> Tensor:
+        """Decoder rows ``(n, D)`` for layer ``target``'s output as they stand in the stream."""
+        norm, rows = self.write_norm(transcoders, target), self.cast(rows)
+        return rows if norm is None else norm.fold_out(rows)
+
+    def written_below(
+        self, transcoders: TranscoderSet, source: int, rows: Tensor, limit: int
+    ) -> Tensor:
+        """What decoder rows ``(n, D)`` or ``(n, W, D)`` of layer ``source`` put into the stream by
+        their writes at layers below ``limit``: ``(n, D)``."""
+        slots = rows[:, None] if rows.dim() == 2 else rows
+        total = torch.zeros(len(rows), rows.shape[-1], dtype=self.dtype, device=self.device)
+        for j, target in enumerate(transcoders.targets(source)):
+            if target < limit:
+                total += self.written(transcoders, target, slots[:, j])
+        return total
+
+    # -- what can reach what ---------------------------------------------------------------------
+
+    def limit(self, target: int, head: Head | None) -> int:
+        """Writes at layers below this one reach layer ``target``'s features directly, or through
+        ``head``; 0 where nothing does."""
+        if head is None:
+            return target
+        n_attention = target if self.sites.parallel else target + 1
+        return head[0] if head[0] < n_attention else 0
+
+    def check_head(self, head: Head) -> None:
+        """Check that the model has a head.
+
+        Raises:
+            InputError: It has not.
+        """
+        layer, index = head
+        if not 0 <= layer < self.sites.n_layers:
+            raise InputError(f"the model has layers 0 to {self.sites.n_layers - 1}, not {layer}")
+        if index is not None and not 0 <= index < self.sites.n_heads:
+            raise InputError(f"the model has heads 0 to {self.sites.n_heads - 1}, not {index}")
+
+    # -- attention -------------------------------------------------------------------------------
+
+    def ov(self, head: Head) -> OVCircuit:
+        """A head's OV circuit, or that of all heads of a layer (each paying full attention).
+
+        Raises:
+            InputError: No such layer or head.
+            SiteError: This attention is not pattern x values x output.
+        """
+        self.check_head(head)
+        number, index = head
+        run, norms = self._probe
+        one = replace(self.sites, layers=(self.sites.layers[number],))
+        frozen = freeze(
+            self.module, one, _cut(run, number), norms, [MlpSide("R", None, None, None)]
+        )
+        layer = frozen.layers[0]
+        attention, width = layer.attention, layer.attention.head_dim
+        value, out = attention.W_V, attention.W_O
+        if layer.attention_norm is not None:
+            value = layer.attention_norm.fold_in(value)
+        if layer.attention_post_norm is not None:
+            out = layer.attention_post_norm.fold_out(out.T).T
+        group = self.sites.n_heads // (len(value) // width)
+        heads = range(self.sites.n_heads) if index is None else [index]
+        value = value.unflatten(0, (-1, width))[[h // group for h in heads]].flatten(0, 1)
+        out = out.unflatten(1, (-1, width))[:, list(heads)].flatten(1)
+        return OVCircuit(number, self.cast(value), self.cast(out))
+
+    @cached_property
+    def _probe(self) -> tuple[Run, dict[str, FrozenNorm]]:
+        """A run of a few tokens, on which the reading of the weights is checked."""
+        ids = torch.linspace(0, self.sites.vocab_size - 1, 4).long()
+        run = collect(self._model, self.sites, ids)
+        return run, freeze_norms(self.module, self.sites, run)
+
+    # -- the vocabulary --------------------------------------------------------------------------
+
+    @property
+    def embedding(self) -> Tensor:
+        """``W_E (V, D)``."""
+        module: Any = self.module.get_submodule(self.sites.embed)
+        return self.cast(module.weight)
+
+    @property
+    def unembedding(self) -> Tensor:
+        """``W_U (V, D)``."""
+        module = self.module.get_submodule(self.sites.unembed)
+        return self.cast(linear_weight(module, self.sites.d_model, self.dtype)[0])
+
+
+def _cut(run: Run, layer: int) -> Run:
+    """A run of one layer of another run."""
+    after = run.resid[layer + 1] if layer + 1 < len(run.resid) else run.final
+    parts = {
+        name: [getattr(run, name)[layer]]
+        for name in ("resid", "pattern", "attended", "mid", "mlp_in", "mlp_out", "mlp_post")
+    }
+    return replace(run, position_embedding=None, final=after, **parts)
