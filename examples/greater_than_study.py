@@ -18,10 +18,10 @@ from nnsight_transcoders import (
     AttributionGraph,
     CircuitRun,
     TranscoderSet,
+    attach,
     attribute,
     resolve_sites,
 )
-from nnsight_transcoders.attachment import attach
 from nnsight_transcoders.circuits.freeze import linear_weight
 from nnsight_transcoders.circuits.graph import FEATURE, LOGIT
 from nnsight_transcoders.errors import InputError

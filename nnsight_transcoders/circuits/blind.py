@@ -1,10 +1,10 @@
 """The paper's blind protocol: explain a feature from its circuit before seeing any text.
 
 A feature is studied on prompts that are known by number only (Dunefsky, Chlenski, Nanda 2024).
-Activations, contributions and paths name positions and never tokens; what does not
-depend on the input (de-embedding, logit effects) may be looked at freely. Then the hypothesis is
-written down, and only then are the tokens shown. In the *restricted* form, what layer-0 features do
-on a prompt is banned as well, since most of them stand for one token and so give the text away.
+Activations, contributions and paths name positions and never tokens; what does not depend on the
+input (de-embedding, logit effects) may be looked at freely. Then the hypothesis is written down,
+and only then are the tokens shown. In the *restricted* form, what layer-0 features do on a prompt
+is banned as well, since most of them stand for one token and so give the text away.
 
 It is a protocol, not a lock: it keeps an honest reader honest and its log shows what was looked at.
 """

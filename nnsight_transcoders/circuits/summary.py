@@ -1,8 +1,8 @@
 """A feature on one page: what drives it on a prompt, what it writes, which tokens it would read.
 
 The paper's feature dashboards (Dunefsky, Chlenski, Nanda 2024), as text and as a self-contained
-HTML page without a script. Token texts and other people's labels are
-treated as hostile: whatever comes from outside is escaped.
+HTML page without a script. Token texts and other people's labels are treated as hostile: whatever
+comes from outside is escaped.
 """
 
 from __future__ import annotations

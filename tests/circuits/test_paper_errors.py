@@ -16,8 +16,7 @@ from setups import IDS, model, run, transcoders
 from torch import Tensor
 from zoo import hf_model
 
-from nnsight_transcoders import verify
-from nnsight_transcoders.attachment import attached
+from nnsight_transcoders import attached, verify
 from nnsight_transcoders.circuits.contributions import CircuitRun, Contribution, FeatureVector
 from nnsight_transcoders.circuits.freeze import freeze_norms
 from nnsight_transcoders.circuits.path_graph import path_graph
