@@ -11,7 +11,7 @@ PEERS ?= .venv-peers
 
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint test-browser test-slow test-peers docs clean
+.PHONY: demo test lint test-browser test-peers docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/nnsight-transcoders trace
@@ -26,9 +26,6 @@ lint: $(VENV)/.installed-dev
 
 test-browser: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m browser
-
-test-slow: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m slow
 
 test-peers: $(VENV)/.installed-dev $(PEERS)/sae-lens/.installed $(PEERS)/circuit-tracer/.installed
 	PEERS=$(abspath $(PEERS)) $(BIN)/python -m pytest -m peers tests/peers

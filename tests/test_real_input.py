@@ -82,3 +82,36 @@ def test_top_features_matter_more_than_random_ones(task: str, name: str) -> None
         fallen, random = drops(example, name)
         better += [fallen > other for other in random]
     assert all(better), f"{sum(better)} of {len(better)} comparisons"
+
+
+def spearman(first: list[float], second: list[float]) -> float:
+    ranks = [torch.tensor(values).argsort().argsort().double() for values in (first, second)]
+    return float(torch.corrcoef(torch.stack(ranks))[0, 1])
+
+
+@pytest.mark.parametrize("name", ["per-layer", "skip", "clt"])
+def test_direct_attribution_predicts_what_ablation_does(name: str) -> None:
+    """In the model itself, nothing frozen: rank correlation of the measured effect of each feature
+    at the last position with its edge to the answer, against its activation and against chance."""
+    model, chosen = builtin(), transcoders(name)
+    replaced = attach(model, chosen, mode="replace+error")
+    found: dict[str, list[float]] = {"attribution": [], "activation": [], "random": []}
+    prompts = [e for task in ("two-hop", "agreement") for e in examples(task, "held_out", 2, 3)]
+    for example in prompts:
+        answer = model.tokenizer(example.answers[0], add_special_tokens=False)["input_ids"][0]
+        graph = attribute(model, chosen, example.prompt, targets=[answer])
+        edges = graph.adjacency()[int(graph.of_kind("logit")[0])]
+        features = graph.of_kind("feature")
+        features = features[graph.position[features] == len(graph.tokens) - 1].tolist()
+        whole = answer_logit(replaced, example.prompt, answer, [])
+        measured = [
+            whole - answer_logit(replaced, example.prompt, answer, nodes(graph, [number]))
+            for number in features
+        ]
+        chance = torch.rand(len(features), generator=torch.Generator().manual_seed(0)).tolist()
+        found["attribution"].append(spearman(measured, edges[features].tolist()))
+        found["activation"].append(spearman(measured, graph.value[features].tolist()))
+        found["random"].append(spearman(measured, chance))
+    means = {key: sum(values) / len(values) for key, values in found.items()}
+    assert means["attribution"] > 0.45, means
+    assert means["attribution"] > means["activation"] > means["random"], means

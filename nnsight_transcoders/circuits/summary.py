@@ -182,30 +182,36 @@ def feature_summary(
         InputError: The set has no such layer or feature, or it is not active on the run.
     """
     check_feature(transcoders, layer, index)
-    paths, tokens, activation = (), (), None
-    if circuit is not None:
-        position = _peak(circuit, layer, index) if position is None else position
-        target = circuit.feature(layer, index, position)
-        position = target.position
-        paths = tuple(top_paths(circuit, target, depth=depth)[:top])
-        tokens = circuit.token_texts
-        activation = activations(circuit, layer, index)[position]
-    elif position is not None:
+    if circuit is None and position is not None:
         raise InputError("a position needs a run: pass circuit=CircuitRun.collect(...)")
+    driven: dict[str, Any] = {"position": None, "activation": None, "tokens": (), "paths": ()}
+    if circuit is not None:
+        driven = _driven(circuit, layer, index, position, top, depth)
     effects = logit_effects(model, transcoders, layer, [index], sites=sites)[0]
     reads = de_embeddings(model, transcoders, layer, [index], sites=sites)[0]
     return FeatureSummary(
         layer=layer,
         index=index,
-        position=position,
-        activation=activation,
-        tokens=tokens,
-        paths=paths,
+        **driven,
         top_logits=ranked_tokens(model, effects, top),
         bottom_logits=ranked_tokens(model, effects, top, largest=False),
         de_embedding=ranked_tokens(model, reads, top),
         statistics=dict(statistics or {}),
     )
+
+
+def _driven(
+    circuit: CircuitRun, layer: int, index: int, position: int | None, top: int, depth: int
+) -> dict[str, Any]:
+    """The fields of a summary that depend on a run."""
+    position = _peak(circuit, layer, index) if position is None else position
+    target = circuit.feature(layer, index, position)
+    return {
+        "position": target.position,
+        "activation": activations(circuit, layer, index)[target.position],
+        "tokens": circuit.token_texts,
+        "paths": tuple(top_paths(circuit, target, depth=depth)[:top]),
+    }
 
 
 def check_feature(transcoders: TranscoderSet, layer: int, index: int) -> None:
