@@ -112,7 +112,11 @@ def load_set(name: str, model: str = "builtin", **options: Any) -> TranscoderSet
         if model != "builtin":
             raise InputError("--transcoders is needed for a model other than 'builtin'")
         name = "builtin/per-layer"
-    return TranscoderSet.from_pretrained(name, **options)
+    opened = TranscoderSet.from_pretrained(name, **options)
+    for key in ("variant", "variants"):  # what was chosen where a repository holds several
+        if key in opened.provenance:
+            err.print(f"{name}: {key} {opened.provenance[key]}", markup=False)
+    return opened
 
 
 @app.command()
