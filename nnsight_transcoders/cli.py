@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Column, Table
 
 from ._version import __version__
+from .cli_output import err, graph_info, out, print_json, print_layers, print_text
 from .errors import InputError, TranscoderError
 
 if TYPE_CHECKING:
-    from .circuits.graph import AttributionGraph
     from .sets import TranscoderSet
 
 app = typer.Typer(
@@ -31,9 +30,6 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     help="Transcoders and circuit tracing for nnsight models.",
 )
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
-
 DEFAULT_PROMPT = "The war lasted from 1732 to 17"
 
 Model = Annotated[str, typer.Option(help="Hub id or folder; 'builtin' is the model shipped here.")]
@@ -165,11 +161,11 @@ def trace(
         pruned.to_html(page, feature_details=feature_details(loaded, chosen, pruned))
     if as_json:
         files = {"graph_file": str(graph_file), "page": str(page)}
-        _print_json(_graph_info(graph) | {"pruned": _graph_info(pruned)} | files)
+        print_json(graph_info(graph) | {"pruned": graph_info(pruned)} | files)
         return
-    _print(graph.summary())
-    _print(f"\npruned: {pruned.n_nodes} nodes, {pruned.n_edges} edges")
-    _print(f"graph:  {graph_file}\npage:   {page}  (open it in a browser)")
+    print_text(graph.summary())
+    print_text(f"\npruned: {pruned.n_nodes} nodes, {pruned.n_edges} edges")
+    print_text(f"graph:  {graph_file}\npage:   {page}  (open it in a browser)")
 
 
 @app.command()
@@ -184,7 +180,7 @@ def info(
             from .circuits.graph import AttributionGraph
 
             graph = AttributionGraph.load(what)
-            text, data = graph.summary(), _graph_info(graph)
+            text, data = graph.summary(), graph_info(graph)
         else:
             chosen = load_set(what, revision=revision)
             text = repr(chosen)
@@ -193,11 +189,11 @@ def info(
                 "provenance": chosen.provenance,
             }
     if as_json:
-        _print_json(data)
+        print_json(data)
         return
-    _print(text)
+    print_text(text)
     if "layers" in data:
-        _print_layers(data["layers"])
+        print_layers(data["layers"])
 
 
 @app.command()
@@ -218,20 +214,20 @@ def verify(
         chosen = load_set(transcoders, model, revision=revision)
         report = run(load_model(model, dtype, device), chosen, lines, verbose=not as_json)
     if as_json:
-        _print_json(report.to_dict())
+        print_json(report.to_dict())
     else:
         table = Table("layer", "FVU", "L0", "CE change", "verdict")
         for fit in report.layers:
             change = "-" if fit.ce_change is None else f"{fit.ce_change:+.4f}"
             table.add_row(str(fit.layer), f"{fit.fvu:.4f}", f"{fit.l0:.1f}", change, fit.verdict)
         out.print(table)
-        _print(
+        print_text(
             f"cross-entropy {report.ce:.4f}; with all layers replaced {report.ce_replaced:.4f} "
             f"({report.n_tokens} tokens)"
         )
         for why in dict.fromkeys(fit.hypothesis for fit in report.layers if fit.hypothesis):
             same = [str(fit.layer) for fit in report.layers if fit.hypothesis == why]
-            _print(f"layer{'s' if len(same) > 1 else ''} {', '.join(same)}: {why}")
+            print_text(f"layer{'s' if len(same) > 1 else ''} {', '.join(same)}: {why}")
     if not report.ok:
         raise typer.Exit(3)
 
@@ -249,9 +245,9 @@ def check(
 
         report = run(load_model(model, dtype, device), verbose=not as_json)
     if as_json:
-        _print_json(report.to_dict())
+        print_json(report.to_dict())
     else:
-        _print(str(report.sites))
+        print_text(str(report.sites))
         table = Table("identity", "relative error", "limit", "holds")
         for row in report.rows:
             value = "-" if row.value is None else f"{row.value:.1e}"
@@ -274,11 +270,11 @@ def builtin(as_json: Json = False) -> None:
             "record": record(),
         }
     if as_json:
-        _print_json(data)
+        print_json(data)
         return
-    _print(f"model: {data['model']}")
+    print_text(f"model: {data['model']}")
     for name in data["sets"]:
-        _print(f"set:   {name}")
+        print_text(f"set:   {name}")
     out.print_json(json.dumps(data["record"]))
 
 
@@ -292,7 +288,7 @@ def list_sets(
 
     entries = catalogue(base_model or None)
     if as_json:
-        _print_json({"sets": [entry.to_dict() for entry in entries]})
+        print_json({"sets": [entry.to_dict() for entry in entries]})
         return
     table = Table(Column("repository, model", no_wrap=True), "layers x width", "kind, sites")
     for e in entries:
@@ -303,7 +299,7 @@ def list_sets(
             f"{e.kind}\n{named['sites']}",
         )
     out.print(table)
-    _print(f"{len(entries)} sets; remarks, formats and licences: --json, or docs/catalogue.md")
+    print_text(f"{len(entries)} sets; remarks, formats and licences: --json, or docs/catalogue.md")
 
 
 def parse_layers(text: str) -> list[int]:
@@ -338,43 +334,6 @@ def _check_text(*texts: str) -> None:
             raise InputError(f"{text!r} is not UTF-8 text: {error.reason}") from error
 
 
-def _graph_info(graph: AttributionGraph) -> dict[str, Any]:
-    logits = graph.of_kind("logit").tolist()
-    return {
-        "prompt_tokens": list(graph.tokens),
-        "nodes": graph.n_nodes,
-        "edges": graph.n_edges,
-        "completeness_error": graph.completeness_error,
-        "replacement_score": graph.replacement_score,
-        "completeness_score": graph.completeness_score,
-        "logits": [
-            {
-                "token": name,
-                "probability": float(graph.probability[i]),
-                "logit": float(graph.value[i]),
-            }
-            for name, i in zip(graph.target_names, logits, strict=True)
-        ],
-        "metadata": graph.metadata,
-    }
-
-
-def _print_layers(layers: dict[str, dict[str, Any]]) -> None:
-    table = Table("layer", "d_model", "d_transcoder", "activation", "sites", "skip", "dtype")
-    for number, config in layers.items():
-        k = f" k={config['k']}" if config["k"] else ""
-        table.add_row(
-            number,
-            str(config["d_in"]),
-            str(config["d_transcoder"]),
-            f"{config['activation']}{k}",
-            f"{config['input_site']} -> {config['output_site']}",
-            "yes" if config["skip"] else "no",
-            config["dtype"],
-        )
-    out.print(table)
-
-
 def _read_lines(path: Path) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -394,12 +353,3 @@ def _writable(folder: Path) -> None:
     with atomic_path(probe):
         pass
     probe.unlink()
-
-
-def _print(text: str) -> None:
-    """Text as it is: lines are not broken at the terminal's width, which would break paths."""
-    out.print(text, markup=False, soft_wrap=True)
-
-
-def _print_json(data: Any) -> None:
-    out.print_json(json.dumps(data, allow_nan=False), indent=None)

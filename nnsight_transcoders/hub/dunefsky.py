@@ -28,7 +28,13 @@ from nnsight_transcoders.errors import CheckpointError
 from nnsight_transcoders.hub import hooks
 from nnsight_transcoders.hub.converted import ConvertedSnapshot, read_heads
 from nnsight_transcoders.hub.folds import INPUT_CENTRING, centred_bias
-from nnsight_transcoders.hub.formats import Evidence, Format, Strength, choose_layers
+from nnsight_transcoders.hub.formats import (
+    Evidence,
+    Format,
+    Strength,
+    choose_layers,
+    files_by_layer,
+)
 from nnsight_transcoders.hub.restricted_pickle import Record, TensorRecord, shown
 from nnsight_transcoders.hub.snapshot import Snapshot
 from nnsight_transcoders.hub.source import LayerPlan, TensorRef, TensorSource
@@ -74,19 +80,7 @@ def open_dunefsky(
     Raises:
         CheckpointError: A file that is not as it should be, or that asks for more than weights.
     """
-    files: dict[int, str] = {}
-    for name in snapshot.files:
-        if match := _FILE.match(name):
-            layer = int(match["layer"])
-            if layer in files:
-                raise CheckpointError(
-                    f"{snapshot.where} has two files for layer {layer}: {files[layer]} and {name}"
-                )
-            files[layer] = name
-    if not files:
-        raise CheckpointError(
-            f"{snapshot.where} has no final_sparse_autoencoder_*.pt; it has {snapshot.listing()}"
-        )
+    files = files_by_layer(snapshot, _FILE, "final_sparse_autoencoder_*.pt")
     chosen = choose_layers(files, layers, snapshot.where)
     heads = read_heads(snapshot, [files[layer] for layer in chosen], _read_head)
     plans = {

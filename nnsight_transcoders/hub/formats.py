@@ -6,12 +6,13 @@ change for a new format.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
 
-from nnsight_transcoders.errors import InputError
+from nnsight_transcoders.errors import CheckpointError, InputError
 from nnsight_transcoders.hub.snapshot import Snapshot
 from nnsight_transcoders.sets import LayerSource
 
@@ -55,6 +56,32 @@ class Format:
     open: Callable[..., LayerSource]
     options: Mapping[str, str] = field(default_factory=dict)
     save: Callable[..., Path] | None = None
+
+
+def files_by_layer(snapshot: Snapshot, pattern: re.Pattern[str], expected: str) -> dict[int, str]:
+    """Layer -> file, for layouts whose file names hold the layer.
+
+    Args:
+        snapshot: The checkpoint.
+        pattern: Matches a layer's file, with a group ``layer``.
+        expected: What such a file is called, for the message.
+
+    Raises:
+        CheckpointError: No such file, or two of one layer.
+    """
+    files: dict[int, str] = {}
+    for name in snapshot.files:
+        if match := pattern.match(name):
+            layer = int(match["layer"])
+            if layer in files:
+                raise CheckpointError(
+                    f"{snapshot.where} has two of layer {layer}: {files[layer]} and {name}; open "
+                    "one of them by its own path"
+                )
+            files[layer] = name
+    if not files:
+        raise CheckpointError(f"{snapshot.where} has no {expected}; it has {snapshot.listing()}")
+    return files
 
 
 def choose_layers(

@@ -18,7 +18,13 @@ from typing import Any
 
 from nnsight_transcoders.errors import CheckpointError, ConfigError
 from nnsight_transcoders.hub.folds import INPUT_CENTRING, fold_input_centring
-from nnsight_transcoders.hub.formats import Evidence, Format, Strength, choose_layers
+from nnsight_transcoders.hub.formats import (
+    Evidence,
+    Format,
+    Strength,
+    choose_layers,
+    files_by_layer,
+)
 from nnsight_transcoders.hub.snapshot import Snapshot
 from nnsight_transcoders.hub.source import LayerPlan, TensorRef, TensorSource, check_header
 from nnsight_transcoders.hub.tensors import TensorInfo
@@ -67,20 +73,7 @@ def open_sparsify(
             as it should be.
         ConfigError: An option with a value it cannot have.
     """
-    files: dict[int, str] = {}
-    for name in snapshot.files:
-        if match := _FILE.match(name):
-            layer = int(match["layer"])
-            if layer in files:
-                raise CheckpointError(
-                    f"{snapshot.where} has two folders for layer {layer}: {files[layer]} and "
-                    f"{name}; open one of them by its own path"
-                )
-            files[layer] = name
-    if not files:
-        raise CheckpointError(
-            f"{snapshot.where} has no layers.{{i}}.mlp/{WEIGHTS}; it has {snapshot.listing()}"
-        )
+    files = files_by_layer(snapshot, _FILE, f"layers.{{i}}.mlp/{WEIGHTS}")
     chosen = choose_layers(files, layers, snapshot.where)
     raw = {layer: _config(snapshot, files[layer]) for layer in chosen}
     headers = snapshot.headers([files[layer] for layer in chosen])

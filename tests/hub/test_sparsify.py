@@ -175,7 +175,7 @@ def test_k_out_of_range_and_damage(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="NaN"):
         TranscoderSet.from_pretrained(tmp_path)[0]
     write_layer(tmp_path / "more" / "layers.0.mlp", tensors(0))
-    with pytest.raises(CheckpointError, match="two folders for layer 0"):
+    with pytest.raises(CheckpointError, match="two of layer 0"):
         TranscoderSet.from_pretrained(tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match=r"no layers.\{i\}.mlp/sae.safetensors"):
