@@ -108,7 +108,7 @@ def _plot(study: Study, path: Path) -> Path:
 
 def load(gpt2: bool, name: str) -> tuple[Any, TranscoderSet]:
     """The model and its set."""
-    source = GPT2 if gpt2 else str(builtin_model_path())
+    source = GPT2 if gpt2 else builtin_model_path()
     model = nnsight.TransformersModel(source, task="text-generation", dispatch=True)
     return model, TranscoderSet.from_pretrained(GPT2_SET if gpt2 else name, dtype=torch.float32)
 

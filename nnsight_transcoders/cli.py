@@ -79,7 +79,7 @@ def load_model(name: str, dtype: str = "float32", device: str = "cpu") -> Any:
     from .builtin import builtin_model_path
     from .transcoder import torch_dtype
 
-    path = str(builtin_model_path()) if name == "builtin" else name
+    path = builtin_model_path() if name == "builtin" else name
     # Only "auto" (several devices) needs accelerate, which transformers wants for any device_map.
     options = {"device_map" if device == "auto" else "device": device, "dtype": torch_dtype(dtype)}
     _check_device(device)
@@ -265,7 +265,7 @@ def builtin(as_json: Json = False) -> None:
         from .builtin import BUILTIN_SETS, builtin_model_path, record
 
         data = {
-            "model": str(builtin_model_path()),
+            "model": builtin_model_path(),
             "sets": {name: str(path) for name, path in BUILTIN_SETS.items()},
             "record": record(),
         }

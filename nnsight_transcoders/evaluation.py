@@ -152,7 +152,7 @@ def verify(
 
 def _default_text(module: Any) -> Sequence[str]:
     name = getattr(getattr(module, "config", None), "_name_or_path", "")
-    if name == str(builtin_model_path()):
+    if name == builtin_model_path():
         from .builtin.text import sentences
 
         return sentences(48, seed=1)

@@ -184,7 +184,7 @@ def test_unknown_sets_are_refused_with_the_known_names():
 
 
 def test_the_files_stay_small():
-    files = [file for file in builtin_model_path().parent.rglob("*") if file.is_file()]
+    files = [file for file in Path(builtin_model_path()).parent.rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) < 10e6
     assert not [file for file in files if file.suffix in (".bin", ".pt", ".pkl")]
 

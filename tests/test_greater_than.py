@@ -110,7 +110,7 @@ def test_a_plot_where_plotly_is_installed(tmp_path: Path) -> None:
 @cache
 def tiny_gpt2() -> tuple[Any, TranscoderSet]:
     """A random GPT-2 with the builtin model's tokenizer, and a random set."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(str(builtin_model_path()))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(builtin_model_path())
     torch.manual_seed(0)
     config = transformers.GPT2Config(
         vocab_size=len(tokenizer),

@@ -24,9 +24,7 @@ SEEDS = range(3)
 
 @cache
 def builtin() -> Any:
-    return nnsight.TransformersModel(
-        str(builtin_model_path()), task="text-generation", dispatch=True
-    )
+    return nnsight.TransformersModel(builtin_model_path(), task="text-generation", dispatch=True)
 
 
 @cache

@@ -20,9 +20,12 @@ BUILTIN_SETS: dict[str, Path] = {
 }
 
 
-def builtin_model_path() -> Path:
-    """The folder of the builtin language model, in Hugging Face format."""
-    return _FILES / "model"
+def builtin_model_path() -> str:
+    """The folder of the builtin language model, in Hugging Face format.
+
+    A string, since nnsight takes any other object for a loaded model.
+    """
+    return str(_FILES / "model")
 
 
 def builtin_set_path(name: str) -> Path:

@@ -142,7 +142,7 @@ def _provenance(module: nn.Module, sites: Sites, transcoders: TranscoderSet) -> 
     path = str(getattr(getattr(module, "config", None), "_name_or_path", ""))
     return {
         "n_layers": sites.n_layers,
-        "model": "builtin" if path == str(builtin_model_path()) else path or type(module).__name__,
+        "model": "builtin" if path == builtin_model_path() else path or type(module).__name__,
         "architecture": type(module).__name__,
         "model_dtype": _name(next(module.parameters()).dtype),
         "transcoders": transcoders.provenance,

@@ -12,10 +12,10 @@ Legend: n components at the destination, m at the source, E width of a head.
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nnsight_transcoders.errors import InputError
 
@@ -35,7 +35,9 @@ class QKAttribution:
         destinations: The n components at the position that looks.
         sources: The m components at the position looked at.
         terms: ``(n, m)``; its sum is the score. The last row and column are the constants of
-            queries and keys: biases of the projections and of norms.
+            queries and keys: biases of the projections and of norms. A model with ALiBi has one
+            more row and column behind them, of kind ``"position"`` and of this layer: their
+            crossing is what the model adds to the score, their other terms are zero.
     """
 
     layer: int
@@ -84,7 +86,7 @@ def qk_attribution(
     Raises:
         InputError: A layer, head or position that there is not.
         SiteError: This attention's scores are not scaled queries x keys made from its input by
-            projections, norms and a rotary embedding.
+            projections, norms and a rotary embedding, plus a constant (ALiBi).
     """
     sites, length = circuit.sites, circuit.run.n_positions
     for name, value, size in (("layer", layer, sites.n_layers), ("head", head, sites.n_heads)):
@@ -99,13 +101,29 @@ def qk_attribution(
     attention = AttentionScores(circuit, layer)
     q_side, q_nE = _side(circuit, layer, destination, attention.query(head, destination))
     k_side, k_mE = _side(circuit, layer, source, attention.key(head, source))
-    return QKAttribution(
+    found = QKAttribution(
         layer=layer,
         head=head,
         score=float(attention.scores[head, destination, source]),
         destinations=q_side,
         sources=k_side,
         terms=attention.scaling * (q_nE @ k_mE.T),
+    )
+    offset = attention.offset(head, source, destination)
+    return found if offset is None else _with_offset(found, offset, source, destination)
+
+
+def _with_offset(
+    found: QKAttribution, offset: float, source: int, destination: int
+) -> QKAttribution:
+    """With one more row and column, whose crossing is what the model adds to the score."""
+    terms = nn.functional.pad(found.terms, (0, 1, 0, 1))
+    terms[-1, -1] = offset
+    return replace(
+        found,
+        destinations=(*found.destinations, Component("position", found.layer, destination)),
+        sources=(*found.sources, Component("position", found.layer, source)),
+        terms=terms,
     )
 
 

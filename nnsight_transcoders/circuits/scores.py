@@ -2,6 +2,7 @@
 
 Queries and keys are whatever the attention module hands to its attention function: projections,
 QK norms and rotary embedding are the module's own, so that nothing about them needs to be known.
+A module that multiplies them itself is stopped at its softmax instead (``products.py``).
 With QK norms held at the denominators of the run this is affine in the module's input, and its
 matrices follow from the module by differentiation, exactly. What is affine is checked to be, and
 the scores must give the pattern that the run had.
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,24 +28,17 @@ from nnsight_transcoders.norms import TOLERANCE, NormSpec, norm_spec, relative_d
 
 from .collect import eager_attention
 from .contributions import CircuitRun
+from .products import OwnScores, Reached
 
 #: Under this name transformers knows the attention function that stops and hands out its arguments.
 _NAME = "nnsight_transcoders_scores"
-
-
-class _Reached(Exception):  # noqa: N818 - not an error
-    """Carries the arguments of the attention function out of the module."""
-
-    def __init__(self, query: Tensor, key: Tensor, mask: Tensor | None, options: Any) -> None:
-        super().__init__()
-        self.query, self.key, self.mask, self.options = query, key, mask, options
 
 
 def _stop(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
 ) -> None:
     del module, value
-    raise _Reached(query, key, mask, options)
+    raise Reached(query, key, mask, options)
 
 
 @dataclass(frozen=True)
@@ -63,8 +57,8 @@ class AttentionScores:
         layer: Which layer.
 
     Raises:
-        SiteError: The module does not use transformers' attention interface, is not affine, or
-            adds something else to its scores (ALiBi).
+        SiteError: The module's scores are not found, are not affine, or have a term that is
+            neither query x key nor a constant (ALiBi).
     """
 
     def __init__(self, circuit: CircuitRun, layer: int) -> None:
@@ -86,9 +80,8 @@ class AttentionScores:
             raise SiteError(f"{self._path} does not read what the norm before it makes")
         self._record_norms()
         self._at = self._queries_and_keys(self.x)
-        self.scaling = self._at.options.get("scaling")
-        if self.scaling is None:
-            self.scaling = self._at.query.shape[-1] ** -0.5
+        scaling = self._at.options.get("scaling")
+        self.scaling: float = self._at.query.shape[-1] ** -0.5 if scaling is None else scaling
         self._check_pattern(circuit.run.pattern[layer].to(self._dtype))
 
     @property
@@ -96,7 +89,13 @@ class AttentionScores:
         """``(H, T, T)`` before soft-capping, mask and softmax."""
         query, key = self._at.query[0], self._at.key[0]
         key = key.repeat_interleave(len(query) // len(key), 0)
-        return self.scaling * (query @ key.transpose(1, 2))
+        scores = self.scaling * (query @ key.transpose(1, 2))
+        return scores if self._at.offset is None else scores + self._at.offset[0]
+
+    def offset(self, head: int, source: int, destination: int) -> float | None:
+        """What the module adds to a score whatever it reads (ALiBi); None if nothing to any."""
+        offset = self._at.offset
+        return None if offset is None else float(offset[0, head, destination, source])
 
     def query(self, head: int, position: int) -> Affine:
         """A head's query at a position as a function of what attention reads there."""
@@ -125,7 +124,7 @@ class AttentionScores:
             )
         return affine
 
-    def _queries_and_keys(self, x: Tensor, hook: Any = None) -> _Reached:
+    def _queries_and_keys(self, x: Tensor, hook: Any = None) -> Reached:
         """Call the module up to its attention function; its norms get a hook, by default the one
         that holds them at the run's denominators."""
         args, options = self._args, {**self._options}
@@ -133,16 +132,20 @@ class AttentionScores:
             args = (x[None], *args[1:])
         else:
             options["hidden_states"] = x[None]
-        with ExitStack() as stack:
-            stack.enter_context(_stopping(self._module, self._path))
-            stack.enter_context(self._hooked(hook or self._frozen()))
-            try:
-                torch.func.functional_call(self._module, self._parameters, args, options)
-            except _Reached as reached:
-                return reached
+        for mode in (nullcontext(), OwnScores()):  # the second one only if nothing stops before
+            with ExitStack() as stack:
+                stack.enter_context(_stopping(self._module))
+                stack.enter_context(self._hooked(hook or self._frozen()))
+                stack.enter_context(torch.enable_grad())
+                stack.enter_context(mode)
+                try:
+                    torch.func.functional_call(self._module, self._parameters, args, options)
+                except Reached as reached:
+                    return reached
         raise SiteError(
-            f"{self._path} ({type(self._module).__name__}) does not call transformers' attention "
-            "interface: its scores cannot be taken apart"
+            f"{self._path} ({type(self._module).__name__}) neither calls transformers' attention "
+            "interface nor puts a product of queries and keys into a softmax: its scores cannot be "
+            "taken apart"
         )
 
     @contextmanager
@@ -203,11 +206,12 @@ class AttentionScores:
 
 
 @contextmanager
-def _stopping(module: nn.Module, path: str) -> Iterator[None]:
-    """Within, the module's attention function is ``_stop``."""
+def _stopping(module: nn.Module) -> Iterator[None]:
+    """Within, the module's attention function is ``_stop``, if its config chooses one."""
     config: Any = getattr(module, "config", None)
     if not hasattr(config, "_attn_implementation"):
-        raise SiteError(f"{path} has no config that chooses its attention function")
+        yield  # Bloom: there is nothing to choose
+        return
     transformers.AttentionInterface.register(_NAME, _stop)
     before = config._attn_implementation
     config._attn_implementation = _NAME

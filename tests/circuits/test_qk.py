@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import copy
 from dataclasses import replace
 from functools import cache
+from operator import attrgetter
 from typing import Any
 
 import pytest
 import torch
 from setups import IDS, model, relative, transcoders
 from torch import Tensor
+from torch.nn import functional
 
 from nnsight_transcoders.circuits.contributions import CircuitRun
 from nnsight_transcoders.circuits.qk import qk_attribution
@@ -20,6 +23,16 @@ from nnsight_transcoders.errors import InputError, SiteError
 
 NAMES = ["gpt2", "gpt-neox", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3"]
 NAMES += ["olmo2", "opt", "stablelm", "stablelm-parallel", "mixtral"]
+
+#: Models that do not use transformers' attention interface, and where their softmax gets scores.
+OWN = {
+    "gpt-neo": "self__attn_0.source.nn_functional_softmax_0",
+    "falcon": "F_softmax_0",
+    "falcon-new": "F_softmax_0",
+    "falcon-alibi": "F_softmax_1",
+    "bloom": "F_softmax_0",
+}
+ALIBI = ["falcon-alibi", "bloom"]
 
 
 @cache
@@ -31,23 +44,31 @@ def circuit(
 
 @cache
 def model_scores(name: str, layer: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """``(H, T, T)``: the product of queries and keys inside the model's own eager attention."""
+    """``(H, T, T)``: scores inside the model's own eager attention; 0 where they are masked."""
     nn_model, path = model(name, dtype), circuit(name, dtype=dtype).sites.layers[layer].attention
-    with nn_model.trace(torch.tensor([IDS])):
-        attention = nn_model.get(path).source.attention_interface_1
-        scores = attention.source.torch_matmul_0.output.clone().save()
     own: Any = nn_model._module.get_submodule(path)
-    scaling = 1.0 if name == "opt" else own.scaling  # OPT scales its queries
-    return scores[0].detach() * scaling
+    with nn_model.trace(torch.tensor([IDS])):
+        source = nn_model.get(path).source
+        if name in OWN:
+            scores = attrgetter(OWN[name])(source).inputs[0][0].clone().save()
+        else:
+            scores = source.attention_interface_1.source.torch_matmul_0.output.clone().save()
+    if name in OWN:
+        return scores[0].detach().masked_fill(scores[0] < -1e9, 0)
+    return scores[0].detach() * (1.0 if name == "opt" else own.scaling)  # OPT scales its queries
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_terms_sum_to_the_models_own_score(name: str) -> None:
-    expected = model_scores(name, 2)
-    scores = AttentionScores(circuit(name), 2).scores
+@pytest.mark.parametrize("name", [*NAMES, *OWN])
+@pytest.mark.parametrize("layer", [1, 2])
+def test_terms_sum_to_the_models_own_score(name: str, layer: int) -> None:
+    expected = model_scores(name, layer)
+    scores = AttentionScores(circuit(name), layer).scores
+    if name in OWN:
+        assert int((expected != 0).sum()) > 4 * len(IDS)
+        scores = scores.masked_fill(expected == 0, 0)
     assert relative(scores, expected) < 1e-5
-    for head, source, destination in [(0, 2, 5), (3, 6, 6), (1, 0, -1)]:
-        found = qk_attribution(circuit(name), 2, head, source, destination)
+    for head, source, destination in [(0, 3, 5), (3, 6, 6), (1, 4, -1)]:
+        found = qk_attribution(circuit(name), layer, head, source, destination)
         size = float(found.terms.abs().max())
         assert found.terms.shape == (len(found.destinations), len(found.sources))
         want = float(expected[head, destination, source])
@@ -57,13 +78,13 @@ def test_terms_sum_to_the_models_own_score(name: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["skip", "cross-layer"])
-@pytest.mark.parametrize("name", ["gpt2", "gemma2", "gpt-neox", "olmo2"])
+@pytest.mark.parametrize("name", ["gpt2", "gemma2", "gpt-neox", "olmo2", *OWN])
 def test_in_float64_and_for_every_kind_of_set(name: str, kind: str) -> None:
     """Norms and rotary embeddings inside Hugging Face's models stay in float32."""
     run = circuit(name, kind, torch.float64)
-    found = qk_attribution(run, 1, 2, 1, 5)
+    found = qk_attribution(run, 1, 2, 2, 5)
     size = float(found.terms.abs().max())
-    expected = float(model_scores(name, 1, torch.float64)[2, 5, 1])
+    expected = float(model_scores(name, 1, torch.float64)[2, 5, 2])
     assert float(found.terms.sum()) == pytest.approx(found.score, abs=1e-6 * size)
     assert found.score == pytest.approx(expected, abs=1e-5 * size)
     kinds = {component.kind for component in found.sources}
@@ -122,9 +143,10 @@ def test_top_terms() -> None:
     assert len(found.top(10**6)) == found.terms.numel()
 
 
-def test_the_model_is_left_as_it_was() -> None:
-    nn_model, run = model("qwen3"), circuit("qwen3")
-    module = nn_model._module
+@pytest.mark.parametrize("name", ["qwen3", "gpt-neo", "bloom"])
+def test_the_model_is_left_as_it_was(name: str) -> None:
+    run = circuit(name)
+    module = run.model._module
     before = [len(child._forward_hooks) for child in module.modules()]
     chosen = module.config._attn_implementation
     qk_attribution(run, 1, 0, 0)
@@ -133,10 +155,58 @@ def test_the_model_is_left_as_it_was() -> None:
     assert all(parameter.grad is None for parameter in module.parameters())
 
 
-@pytest.mark.parametrize("name", ["falcon-alibi", "bloom", "gpt-neo"])
-def test_refuses_what_it_cannot_express(name: str) -> None:
-    with pytest.raises(SiteError, match="attention"):
-        qk_attribution(circuit(name), 1, 0, 0)
+@pytest.mark.parametrize("name", [*OWN])
+def test_own_scores_in_half_precision(name: str) -> None:
+    for dtype in (torch.float16, torch.bfloat16):
+        found = qk_attribution(circuit(name, dtype=dtype), 1, 2, 3, 5)
+        size = float(found.terms.abs().max())
+        assert float(found.terms.sum()) == pytest.approx(found.score, abs=5e-2 * size)
+
+
+@pytest.mark.parametrize("name", ALIBI)
+def test_alibi_is_a_term_of_its_own(name: str) -> None:
+    """Four heads have the slopes 1/4, 1/16, ...; Falcon scales them as it scales the product, and
+    its eager form adds them twice: its model has put them into the mask already."""
+    run = circuit(name)
+    for head in range(4):
+        found = qk_attribution(run, 2, head, 3, 5)
+        here, there = Component("position", 2, 5), Component("position", 2, 3)
+        assert (found.destinations[-1], found.sources[-1]) == (here, there)
+        scale = 2 * 8**-0.5 if name == "falcon-alibi" else 1.0
+        assert float(found.terms[-1, -1]) == pytest.approx(3 * scale / 4 ** (head + 1))
+        assert not found.terms[-1, :-1].any() and not found.terms[:-1, -1].any()
+
+
+@pytest.mark.parametrize("name", ["gpt-neo", "falcon", "falcon-new", "gpt2"])
+def test_no_term_of_its_own_without_alibi(name: str) -> None:
+    found = qk_attribution(circuit(name), 2, 1, 3, 5)
+    assert found.destinations[-1] == Component("bias", 2, 5)
+    assert found.sources[-1] == Component("bias", 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        (lambda scores: scores.tril(), "neither calls"),
+        (lambda scores: functional.softmax((50 * scores).sin(), -1), "cannot be taken apart"),
+    ],
+)
+def test_refuses_own_scores_that_it_cannot_express(
+    monkeypatch: pytest.MonkeyPatch, pattern: Callable[[Tensor], Tensor], message: str
+) -> None:
+    """Attention without softmax, and one whose softmax does not get a scaled product."""
+    run = circuit("gpt-neo")
+    own: Any = run.model._module.get_submodule(run.sites.layers[1].attention)
+
+    def forward(x: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        del args, options
+        query, key, value = (p(x)[:, None] for p in (own.q_proj, own.k_proj, own.v_proj))
+        found = pattern(query @ key.transpose(-1, -2))
+        return own.out_proj((found @ value)[:, 0]), found
+
+    monkeypatch.setattr(own, "forward", forward)
+    with pytest.raises(SiteError, match=message):
+        qk_attribution(run, 1, 0, 0)
 
 
 def test_refuses_scores_that_have_another_term() -> None:
