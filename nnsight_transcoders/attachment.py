@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from .blocks import LayerSites
 from .errors import InputError
 from .models import hf_module
-from .norms import NormSpec, norm_spec
+from .norms import NormSpec, probed_spec
 from .replacement import Mode, Replacement, check_layerwise
 from .sets import TranscoderSet
 from .sites import Sites, resolve_sites
@@ -284,11 +284,7 @@ class _Splice:
         if replacement.input_site == "N0":
             if here.mlp_norm is None:
                 raise InputError(f"layer {layer} reads site N0, but {here.block} has no such norm")
-            part = module.get_submodule(here.mlp_norm)
-            device, dtype = _device(module, here), next(module.parameters()).dtype
-            generator = torch.Generator().manual_seed(0)
-            probe = torch.randn(4, sites.d_model, generator=generator).to(device, dtype)
-            norm = norm_spec(part, here.mlp_norm, probe)
+            norm = probed_spec(module, here.mlp_norm, sites.d_model)
         return cls(here, replacement, sites.parallel, norm)
 
     def run(self, edited: Any, token_index: Tensor, state: dict[int, tuple]) -> None:

@@ -14,17 +14,13 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from nnsight_transcoders.models import hf_module
-from nnsight_transcoders.norms import probed_spec
 from nnsight_transcoders.sets import TranscoderSet
-from nnsight_transcoders.sites import Sites, resolve_sites
+from nnsight_transcoders.sites import Sites
 
-from .freeze import linear_weight
 from .graph import FEATURE, AttributionGraph
-from .linear import FrozenNorm
+from .virtual_weights import de_embed, logits_of, read_vectors, write_vectors
 
 
 def logit_effects(
@@ -45,22 +41,11 @@ def logit_effects(
         sites: The model's sites, where they have to be given by hand.
 
     Returns:
-        ``(n, V)`` in float32, in logits per unit of activation times the final norm's denominator.
+        ``(n, V)`` in float32 (float64 for a float64 model), in logits per unit of activation times
+            the final norm's denominator.
     """
-    module = hf_module(model)
-    sites = sites or resolve_sites(module)
-    rows = transcoders.rows(layer, features, "decoder").float()
-    config = transcoders.config(layer)
-    if rows.dim() == 2:
-        rows = rows[:, None]
-    written = torch.zeros_like(rows[:, 0])
-    for j, target in enumerate(transcoders.targets(layer)):
-        post = sites.layers[target].mlp_post_norm if config.output_site == "O" else None
-        written += rows[:, j] if post is None else _norm(module, sites, post).fold_out(rows[:, j])
-    direction = _norm(module, sites, sites.final_norm).fold_out(written)
-    weight, _ = linear_weight(module.get_submodule(sites.unembed), sites.d_model, torch.float32)
-    effects = direction.to(weight.device) @ weight.T
-    return effects - effects.mean(-1, keepdim=True)
+    written = write_vectors(model, transcoders, layer, features, sites=sites)
+    return logits_of(model, written, sites=sites)
 
 
 def de_embeddings(
@@ -82,25 +67,11 @@ def de_embeddings(
         sites: The model's sites, where they have to be given by hand.
 
     Returns:
-        ``(n, V)`` in float32; the mean over the vocabulary is not taken out.
+        ``(n, V)`` in float32 (float64 for a float64 model); the mean over the vocabulary is not
+            taken out.
     """
-    module = hf_module(model)
-    sites = sites or resolve_sites(module)
-    rows = transcoders.rows(layer, features, "encoder").float()
-    config, path = transcoders.config(layer), sites.layers[layer].mlp_norm
-    if path is not None and config.input_site != "R":
-        norm = _norm(module, sites, path)
-        if config.input_site == "N0":
-            norm = FrozenNorm(torch.ones_like(norm.gain), None, norm.scale, norm.centred)
-        rows = norm.fold_in(rows)
-    embedding: Any = module.get_submodule(sites.embed)
-    weight = embedding.weight.detach().float()
-    return rows.to(weight.device) @ weight.T
-
-
-def _norm(module: nn.Module, sites: Sites, path: str) -> FrozenNorm:
-    spec = probed_spec(module, path, sites.d_model)
-    return FrozenNorm(spec.gain.float(), None, torch.ones(1, 1), spec.centred)
+    read = read_vectors(model, transcoders, layer, features, sites=sites)
+    return de_embed(model, read, sites=sites)
 
 
 def feature_details(
