@@ -284,3 +284,24 @@ def test_leading_positions_of_gemma_3(tmp_path: Path) -> None:
     for model, leading in (("google/gemma-3-1b-it", 4), ("google/gemma-3-1b-pt", 1)):
         write_set(tmp_path, [layer_tensors(1)], model_name=model)
         assert TranscoderSet.from_pretrained(tmp_path).config(0).leading_positions == leading
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "!!python/object/apply:os.system ['touch {marker}']",
+        "model_name: !!python/object/apply:os.system ['touch {marker}']",
+        "model_name: !!python/name:os.system",
+        "transcoders:\n  - !!python/object/new:os.system ['touch {marker}']",
+        "a: &a [x]\nb: [*c]",
+    ],
+)
+def test_a_malicious_yaml_is_refused_and_runs_nothing(tmp_path: Path, text: str) -> None:
+    marker = tmp_path / "ran"
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(text.format(marker=marker))
+    write_tensors(folder / "layer_0.safetensors", {"W_enc": torch.zeros(2, 2)})
+    with pytest.raises(CheckpointError, match=r"config\.yaml"):
+        TranscoderSet.from_pretrained(folder)
+    assert not marker.exists()
