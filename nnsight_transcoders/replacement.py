@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .errors import InputError
 from .sets import TranscoderSet
-from .transcoder import CrossLayerPart, Transcoder
+from .transcoder import CrossLayerPart, Transcoder, cross_layer_decode
 
 Mode = Literal["replace", "replace+error", "observe"]
 
@@ -118,10 +118,7 @@ class Replacement(nn.Module):
         if isinstance(self.transcoder, Transcoder):
             return self.transcoder.decode(acts, x)
         assert isinstance(self.transcoder, CrossLayerPart)
-        out = self.transcoder.contribution(acts, self.layer)
-        out = out + self.transcoder.b_dec + self.transcoder.skip(x)
-        for part in self.below:
-            assert isinstance(part, CrossLayerPart)
-            earlier = state[part.config.layer][which].to(out.device)
-            out = out + part.contribution(earlier, self.layer)
-        return out
+        below = [part for part in self.below if isinstance(part, CrossLayerPart)]
+        earlier = {p.config.layer: state[p.config.layer][which].to(acts.device) for p in below}
+        parts = [*below, self.transcoder]
+        return cross_layer_decode(self.transcoder, parts, {**earlier, self.layer: acts}, x)

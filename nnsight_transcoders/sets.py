@@ -22,6 +22,7 @@ from .transcoder import (
     FeatureEncoder,
     Transcoder,
     TranscoderConfig,
+    cross_layer_decode,
 )
 
 Rows = Literal["encoder", "decoder"]
@@ -275,13 +276,8 @@ class TranscoderSet:
         own = self[layer]
         if isinstance(own, Transcoder):
             return own.decode(activations[layer], x)
-        out = own.b_dec + own.skip(x)
-        for source in self.layers:
-            if source <= layer:
-                part = self[source]
-                assert isinstance(part, CrossLayerPart)
-                out = out + part.contribution(activations[source], layer)
-        return out
+        parts = [self[source] for source in self.layers if source <= layer]
+        return cross_layer_decode(own, parts, activations, x)  # type: ignore[arg-type]
 
     def cross_layer_transcoder(self) -> CrossLayerTranscoder:
         """All layers as one ``CrossLayerTranscoder`` (loads everything)."""

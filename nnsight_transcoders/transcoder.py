@@ -11,7 +11,7 @@ Shapes: ``d_in``/``d_out`` the model's width at the input and output site, ``F``
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
@@ -324,6 +324,30 @@ class CrossLayerPart(FeatureEncoder):
         return activations @ self.W_dec[:, j]
 
 
+def cross_layer_decode(
+    own: CrossLayerPart,
+    parts: Iterable[CrossLayerPart],
+    activations: Mapping[int, Tensor],
+    x: Tensor | None,
+    *,
+    sparse: bool | None = None,
+) -> Tensor:
+    """One layer's output ``(..., d_out)``: its bias and skip path, and what each part writes to it.
+
+    Args:
+        own: The part of the written layer.
+        parts: The parts that write to it, ``own`` among them.
+        activations: By layer, ``(..., d_transcoder)``.
+        x: The input-site value of ``own``, needed by its skip path.
+        sparse: See ``Transcoder.decode``.
+    """
+    out = own.b_dec + own.skip(x)
+    for part in parts:
+        layer = part.config.layer
+        out = out + part.contribution(activations[layer], own.config.layer, sparse=sparse)
+    return out
+
+
 class CrossLayerTranscoder(nn.Module):
     """A cross-layer transcoder: ``y_l = sum_{s <= l} a_s W_dec[s -> l] + b_dec[l]``.
 
@@ -368,17 +392,8 @@ class CrossLayerTranscoder(nn.Module):
         sparse: bool | None = None,
     ) -> Tensor:
         """Layer ``layer``'s output ``(..., d_out)`` from the activations of all layers up to it."""
-        own = self.part(layer)
-        out = own.b_dec + self.skip_of(layer, x)
-        for source in self.layers:
-            if source <= layer:
-                part = self.part(source)
-                out = out + part.contribution(activations[source], layer, sparse=sparse)
-        return out
-
-    def skip_of(self, layer: int, x: Tensor | None) -> Tensor | float:
-        """The skip path into ``layer``'s output."""
-        return self.part(layer).skip(x)
+        parts = [self.part(source) for source in self.layers if source <= layer]
+        return cross_layer_decode(self.part(layer), parts, activations, x, sparse=sparse)
 
     def forward(self, inputs: Mapping[int, Tensor]) -> dict[int, Tensor]:
         """Input-site values of all layers -> reconstructions of all layers."""
