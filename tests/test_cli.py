@@ -20,7 +20,8 @@ from typer.testing import CliRunner
 from nnsight_transcoders import AttributionGraph, TranscoderSet, resolve_sites
 from nnsight_transcoders.check import LIMITS, random_transcoders
 from nnsight_transcoders.circuits.collect import collect
-from nnsight_transcoders.cli import app, parse_layers
+from nnsight_transcoders.cli import app
+from nnsight_transcoders.cli.app import parse_layers
 
 Run = Callable[..., Any]
 PROMPT = "w5 w9 w12 w5"
@@ -177,7 +178,9 @@ def test_trace_refuses_prompts(trace: Run, prompt: str, words: str) -> None:
 def test_trace_checks_thresholds_and_folder_before_it_computes(
     trace: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("nnsight_transcoders.cli.load_model", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(
+        "nnsight_transcoders.cli.graphs.load_model", lambda *_: pytest.fail("loaded")
+    )
     fails(trace(PROMPT, "--node-threshold", "2"), "--node-threshold")
     (tmp_path / "file").write_text("kept")
     fails(trace(PROMPT, "--out", "file"), "cannot write file/")

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from .circuits.graph import AttributionGraph
+    from nnsight_transcoders.circuits.graph import AttributionGraph
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
