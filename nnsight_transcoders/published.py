@@ -269,15 +269,15 @@ _QWEN = (
     ),
     CatalogueEntry(
         "ByteDance-Seed/Cross-Layer-TopK-CLT",
-        "Qwen/Qwen3-8B",
+        "Qwen/Qwen3-8B-Base",
         36,
-        None,
+        32768,
         "cross-layer",
         "jointtopk k=360",
         "R -> O",
         "joint-topk",
-        remark="Pass k=360. Features are chosen over all layers together, so it cannot be attached "
-        "to a running model. What factors.safetensors scales is not documented: factors='ignore'",
+        remark="Features are chosen over all layers together, so it cannot be attached to a "
+        "running model; attribute() works. 377 GB of float32",
     ),
     CatalogueEntry(
         "sackfield/qwen2.5-0.5b-transcoders",

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from nnsight_transcoders import cli
 from nnsight_transcoders.catalogue import CatalogueEntry, catalogue
-from nnsight_transcoders.cli import app
+from nnsight_transcoders.cli import app, output
 from nnsight_transcoders.hub.registry import known_formats
 
 PAGE = Path(__file__).parents[1] / "docs" / "catalogue.md"
@@ -101,7 +100,7 @@ def test_filter() -> None:
 
 def test_command(monkeypatch: pytest.MonkeyPatch) -> None:
     runner = CliRunner()
-    monkeypatch.setattr(cli.out, "_width", 120)
+    monkeypatch.setattr(output.out, "_width", 120)
     shown = runner.invoke(app, ["list", "--base-model", "llama-3.2"])
     assert shown.exit_code == 0
     assert "mntss/transcoder-Llama-3.2-1B" in shown.stdout

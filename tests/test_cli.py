@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import zoo
+from hub.layouts import joint_topk
 from safetensors import safe_open
 from safetensors.torch import save_file
 from typer.testing import CliRunner
@@ -21,7 +22,7 @@ from nnsight_transcoders import AttributionGraph, TranscoderSet, resolve_sites
 from nnsight_transcoders.check import LIMITS, random_transcoders
 from nnsight_transcoders.circuits.collect import collect
 from nnsight_transcoders.cli import app
-from nnsight_transcoders.cli.app import parse_layers
+from nnsight_transcoders.cli.app import parse_layers, parse_options
 
 Run = Callable[..., Any]
 PROMPT = "w5 w9 w12 w5"
@@ -410,3 +411,33 @@ def test_the_program_fails_with_one_unbroken_line(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr == f"error: there is no folder {str(folder)!r}; check the path\n"
+
+
+# -- the choices of a format ---------------------------------------------------------------------
+
+
+def test_options_of_a_format(run: Run, tmp_path: Path) -> None:
+    joint_topk(tmp_path)
+    (tmp_path / "config.json").unlink()
+    fails(run("info", tmp_path), "pass k=...")
+    shown = json.loads(
+        run("info", tmp_path, "-o", "k=3", "--option", "base_model=a/b", "--json").stdout
+    )
+    assert shown["layers"]["0"]["k"] == 3
+    assert shown["layers"]["0"]["base_model"] == "a/b"
+    fails(run("info", tmp_path, "-o", "k"), "key=value", "'k'")
+    fails(run("info", tmp_path, "-o", "k=[3"), "k=[3")
+    fails(run("info", tmp_path, "-o", "revision=main"), "use --revision")
+    fails(run("info", tmp_path, "-o", "kk=3"), "kk", "its options: k")
+    fails(run("info", tmp_path, "-o", "k=3", "--format", "gemma-scope"), "gemma-scope")
+
+
+def test_values_are_read_as_in_yaml() -> None:
+    pairs = ["k=64", "scale=0.5", "legacy=true", "folder=a/b=c", "variant="]
+    assert parse_options(pairs) == {
+        "k": 64,
+        "scale": 0.5,
+        "legacy": True,
+        "folder": "a/b=c",
+        "variant": None,
+    }

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import yaml
 
 from nnsight_transcoders._version import __version__
 from nnsight_transcoders.errors import InputError, TranscoderError
@@ -33,6 +34,15 @@ app = typer.Typer(
 Model = Annotated[str, typer.Option(help="Hub id or folder; 'builtin' is the model shipped here.")]
 Transcoders = Annotated[str, typer.Option(help="Hub id, folder, or a builtin set's name.")]
 Revision = Annotated[str | None, typer.Option(help="Revision of the transcoders' repository.")]
+FormatName = Annotated[
+    str | None, typer.Option("--format", help="The checkpoint's format, where it cannot be told.")
+]
+Options = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--option", "-o", help="A choice of the format, such as k=64 or variant=average_l0_71."
+    ),
+]
 Dtype = Annotated[str, typer.Option(help="The model's dtype, such as float32 or bfloat16.")]
 Device = Annotated[str, typer.Option(help="Where the model runs, such as cpu or cuda.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
@@ -98,15 +108,30 @@ def _check_device(name: str) -> None:
         raise InputError(f"device {name!r} cannot be used here: {error}") from error
 
 
-def load_set(name: str, model: str = "builtin", **options: Any) -> TranscoderSet:
-    """A transcoder set by name; the builtin model's own by default."""
+def load_set(
+    name: str,
+    model: str = "builtin",
+    options: list[str] | None = None,
+    **arguments: Any,
+) -> TranscoderSet:
+    """A transcoder set by name; the builtin model's own by default.
+
+    Args:
+        name: Hub id, folder, or a builtin set's name.
+        model: The model it is for.
+        options: The format's own choices, each ``"key=value"``.
+        **arguments: As ``TranscoderSet.from_pretrained`` takes them.
+    """
     from nnsight_transcoders.sets import TranscoderSet
 
     if not name:
         if model != "builtin":
             raise InputError("--transcoders is needed for a model other than 'builtin'")
         name = "builtin/per-layer"
-    opened = TranscoderSet.from_pretrained(name, **options)
+    choices = parse_options(options or ())
+    if twice := sorted(set(choices) & set(arguments)):
+        raise InputError(f"--option {twice[0]}=...: use --{twice[0]} instead")
+    opened = TranscoderSet.from_pretrained(name, **arguments, **choices)
     for key in ("variant", "variants"):  # what was chosen where a repository holds several
         if key in opened.provenance:
             err.print(f"{name}: {key} {opened.provenance[key]}", markup=False)
@@ -127,6 +152,24 @@ def parse_layers(text: str) -> list[int]:
             raise InputError(f"--layers takes numbers and ranges such as '0-3,7', got {text!r}")
         layers += more
     return layers
+
+
+def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
+    """``["k=64", "folder=a/b"]`` -> ``{"k": 64, "folder": "a/b"}``; values as in YAML.
+
+    Raises:
+        InputError: Not of that form.
+    """
+    options = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key.isidentifier():
+            raise InputError(f"--option takes key=value, such as k=64, got {pair!r}")
+        try:
+            options[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise InputError(f"--option {pair!r} is not a value: {error}") from error
+    return options
 
 
 def check_text(*texts: str) -> None:

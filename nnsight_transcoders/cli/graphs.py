@@ -12,8 +12,10 @@ from nnsight_transcoders.errors import InputError
 from .app import (
     Device,
     Dtype,
+    FormatName,
     Json,
     Model,
+    Options,
     Revision,
     Transcoders,
     app,
@@ -43,6 +45,8 @@ def trace(
     edge_threshold: Annotated[float, typer.Option(help="Influence kept by pruning edges.")] = 0.98,
     out_folder: Annotated[Path, typer.Option("--out", help="Folder for the files.")] = Path("out"),
     revision: Revision = None,
+    format_name: FormatName = None,
+    option: Options = None,
     dtype: Dtype = "float32",
     device: Device = "cpu",
     as_json: Json = False,
@@ -55,7 +59,7 @@ def trace(
         _check_thresholds(node_threshold, edge_threshold)
         check_text(prompt, *(target or []))
         writable(out_folder)
-        chosen = load_set(transcoders, model, revision=revision)
+        chosen = load_set(transcoders, model, option, revision=revision, format=format_name)
         if layers:
             chosen = chosen.subset(parse_layers(layers))
         loaded = load_model(model, dtype, device)

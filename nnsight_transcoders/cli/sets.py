@@ -12,8 +12,10 @@ from rich.table import Column, Table
 from .app import (
     Device,
     Dtype,
+    FormatName,
     Json,
     Model,
+    Options,
     Revision,
     Transcoders,
     app,
@@ -29,6 +31,8 @@ from .output import graph_info, out, print_json, print_layers, print_text
 def info(
     what: Annotated[str, typer.Argument(help="A graph file, a transcoder folder or a Hub id.")],
     revision: Revision = None,
+    format_name: FormatName = None,
+    option: Options = None,
     as_json: Json = False,
 ) -> None:
     """What a checkpoint or a graph file holds."""
@@ -39,7 +43,7 @@ def info(
             graph = AttributionGraph.load(what)
             text, data = graph.summary(), graph_info(graph)
         else:
-            chosen = load_set(what, revision=revision)
+            chosen = load_set(what, options=option, revision=revision, format=format_name)
             text = repr(chosen)
             data = {
                 "layers": {str(n): chosen.config(n).to_dict() for n in chosen.layers},
@@ -59,6 +63,8 @@ def verify(
     transcoders: Transcoders = "",
     text: Annotated[Path | None, typer.Option(help="Text file, one text per line.")] = None,
     revision: Revision = None,
+    format_name: FormatName = None,
+    option: Options = None,
     dtype: Dtype = "float32",
     device: Device = "cpu",
     as_json: Json = False,
@@ -68,7 +74,7 @@ def verify(
         from nnsight_transcoders.evaluation import verify as run
 
         lines = None if text is None else read_lines(text)
-        chosen = load_set(transcoders, model, revision=revision)
+        chosen = load_set(transcoders, model, option, revision=revision, format=format_name)
         report = run(load_model(model, dtype, device), chosen, lines, verbose=not as_json)
     if as_json:
         print_json(report.to_dict())

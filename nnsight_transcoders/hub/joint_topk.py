@@ -1,12 +1,15 @@
 """ByteDance's cross-layer transcoder with one TopK over all layers (``Cross-Layer-TopK-CLT``).
 
-Per layer ``W_enc_{l} (F, d)``, ``b_enc_{l}``, ``b_dec_{l}``, ``W_dec_{l} (F, N - l, d)`` whose
-``j``-th slice writes to layer ``l + j``, and ``W_dec_norm_{l} (F)``: the norm of all a feature
-writes, by which activations are weighed when the k largest of all layers together are kept
-(activation ``jointtopk``). From the raw residual stream to the MLP's output. Read from the model
-card; which of the files holds which tensor is not documented there, so tensors are found by name.
-The stored norms are compared with those of the weights. What ``factors.safetensors`` scales is not
-documented either: it is not applied, and opening says so unless ``factors="ignore"``.
+Per layer ``W_enc_{l} (F, d)`` and ``W_dec_{l} (F, N - l, d)``, whose ``j``-th slice writes to layer
+``l + j``; no biases (``b_enc_{l}``, ``b_dec_{l}`` are read where there are some). A feature's
+activation is weighed by the norm of all it writes, ``W_dec_norm_{l} (F)`` and all of them again as
+``W_dec_norm (N, F)``, and the k largest of all layers together are kept (activation ``jointtopk``),
+k being ``config.json``'s times N. From the raw residual stream to the MLP's output.
+
+As its model card says: the scales of ``factors.safetensors`` (mean norms at either site) are folded
+into the weights already and must not be applied again, and tokens with a norm of 20 times the mean
+were left out in training, in practice the first one (``leading_positions=1``). Tensors are found by
+name, whichever file they are in; stored norms are compared with those of the weights.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnsight_transcoders.errors import CheckpointError, ConfigError
+from nnsight_transcoders.errors import CheckpointError
 from nnsight_transcoders.hub.assembled import (
     AssembledSource,
     Assembly,
@@ -27,7 +30,7 @@ from nnsight_transcoders.hub.assembled import (
     Piece,
     check_file,
 )
-from nnsight_transcoders.hub.circuit_tracer_layers import tensor_length, tensor_shape
+from nnsight_transcoders.hub.circuit_tracer_layers import tensor_shape
 from nnsight_transcoders.hub.formats import (
     Evidence,
     Format,
@@ -39,48 +42,43 @@ from nnsight_transcoders.hub.snapshot import Snapshot
 from nnsight_transcoders.transcoder import TranscoderConfig
 
 NAME = "joint-topk"
-FACTORS = "factors.safetensors"
+CONFIG, FACTORS, NORMS = "config.json", "factors.safetensors", "W_dec_norm"
 
-_FILE = re.compile(r"^(W_enc|W_dec|W_dec_norm|b_enc|b_dec)_(\d+)\.safetensors$")
-_KEY = re.compile(r"^(W_enc|W_dec|W_dec_norm|b_enc|b_dec)_(\d+)$")
+_FILE = re.compile(r"^(?:(?:W_enc|W_dec|W_dec_norm|b_enc|b_dec)_\d+|W_dec_norm)\.safetensors$")
+_KEY = re.compile(r"^(?:W_enc|W_dec|W_dec_norm|b_enc|b_dec)_(\d+)$")
+#: Mean norms at the two sites: what the card says ``FACTORS`` holds.
+_FACTORS = ("resid_mid_l2", "mlp_out_l2")
 #: How far stored norms may be from those of the weights (16-bit weights are rounded).
 _TOLERANCE = 0.02
 
 
 def is_joint_topk(snapshot: Snapshot) -> bool:
     """Whether the files show this layout rather than circuit-tracer's."""
-    matches = [match for name in snapshot.files if (match := _FILE.match(name))]
-    norms = any(match[1] == "W_dec_norm" for match in matches)
-    return bool(matches) and (norms or FACTORS in snapshot.files)
+    found = [name for name in snapshot.files if _FILE.match(name)]
+    norms = any(name.startswith(NORMS) for name in found)
+    return bool(found) and (norms or FACTORS in snapshot.files)
 
 
 def _detect(snapshot: Snapshot) -> Evidence | None:
     if not is_joint_topk(snapshot):
         return None
-    return Evidence(Strength.TENSOR_KEYS, f"W_dec_{{i}} with W_dec_norm_{{i}} or {FACTORS}")
+    return Evidence(Strength.TENSOR_KEYS, f"W_dec_{{i}} with {NORMS} or {FACTORS}")
 
 
 def open_joint_topk(
     snapshot: Snapshot, layers: Sequence[int] | None = None, **options: Any
 ) -> AssembledSource:
-    """Open a checkpoint in this layout; headers are read.
+    """Open a checkpoint in this layout; its config and the headers are read.
 
     Raises:
-        CheckpointError: Files that are not as they should be, no k, or factors that are not used.
-        ConfigError: An option with a value it cannot have.
+        CheckpointError: Files that are not as they should be, or no k.
         InputError: Only some of its layers are asked for.
     """
-    _check_factors(snapshot, options)
-    k = options.get("k")
-    if not isinstance(k, int):
-        raise CheckpointError(
-            f"{snapshot.where}: the files do not say how many features are kept over all layers: "
-            "pass k=... (360 for ByteDance-Seed/Cross-Layer-TopK-CLT)"
-        )
+    _check_factors(snapshot)
     headers = snapshot.headers([name for name in snapshot.files if _FILE.match(name)])
-    places = {key: file for file, header in headers.items() for key in header if _KEY.match(key)}
+    places = {key: file for file, header in headers.items() for key in header}
     numbers = sorted(
-        int(match[2]) for key in places if (match := _KEY.match(key)) and "W_enc" in key
+        int(match[1]) for key in places if (match := _KEY.match(key)) and "W_enc" in key
     )
     if not numbers or numbers != list(range(len(numbers))):
         raise CheckpointError(
@@ -88,29 +86,59 @@ def open_joint_topk(
             "needs all of them from 0 on"
         )
     check_whole(numbers, choose_layers(numbers, layers, snapshot.where), snapshot.where)
-    plans = {
-        layer: _plan(snapshot, layer, len(numbers), places, headers, {**options, "k": k})
-        for layer in numbers
+    raw = snapshot.json(CONFIG) if CONFIG in snapshot.files else {}
+    fields = {
+        "k": _k(snapshot, raw, len(numbers), options.get("k")),
+        "input_site": options.get("input_site", "R"),
+        "output_site": options.get("output_site", "O"),
+        "leading_positions": options.get("leading_positions", 1),
+        "base_model": options.get("base_model"),
     }
-    for file, header in headers.items():
+    header = {key: headers[file][key] for key, file in places.items()}
+    plans = {
+        layer: _plan(snapshot, layer, len(numbers), places, header, fields) for layer in numbers
+    }
+    _check_width(snapshot, raw, plans[0].config.d_transcoder)
+    for file, held in headers.items():
         pieces = [p for plan in plans.values() for p in plan.pieces.values() if p.file == file]
-        check_file(f"{file} of {snapshot.where}", header, pieces)
+        check_file(f"{file} of {snapshot.where}", held, pieces)
     ignored = [FACTORS] if FACTORS in snapshot.files else []
-    provenance = {"format": NAME, "config": {}, "folds": [], "ignored": ignored}
+    provenance = {"format": NAME, "config": raw, "folds": [], "ignored": ignored}
     return AssembledSource(snapshot, plans, provenance)
 
 
-def _check_factors(snapshot: Snapshot, options: Mapping[str, Any]) -> None:
-    given = options.get("factors")
-    if given not in (None, "ignore"):
-        raise ConfigError(f"factors must be 'ignore' or left out, got {given!r}")
-    if FACTORS in snapshot.files and given is None:
-        header = snapshot.header(FACTORS)
-        held = ", ".join(f"{key} {info.shape}" for key, info in sorted(header.items())[:6])
+def _check_factors(snapshot: Snapshot) -> None:
+    """What is left unread must be what the card says can be."""
+    if FACTORS not in snapshot.files:
+        return
+    unknown = sorted(set(snapshot.header(FACTORS)) - set(_FACTORS))
+    if unknown:
         raise CheckpointError(
-            f"{snapshot.where} has {FACTORS} ({held}), and what it scales is not documented: "
-            "pass factors='ignore' to read the weights as they are, and look at the error nodes "
-            "of a first graph before you believe them"
+            f"{FACTORS} of {snapshot.where} has {', '.join(unknown)}; known and already folded "
+            f"into the weights are {' and '.join(_FACTORS)}. Reading the weights without the "
+            "others could give wrong results"
+        )
+
+
+def _k(snapshot: Snapshot, raw: Mapping[str, Any], n_layers: int, given: int | None) -> int:
+    """Features kept over all layers: the argument, or the config's, which is per layer."""
+    if given is not None:
+        return given
+    k = raw.get("k")
+    if type(k) is not int:
+        raise CheckpointError(
+            f"{snapshot.where}: no {CONFIG} says how many features are kept: pass k=... (over all "
+            "layers together; 360 for ByteDance-Seed/Cross-Layer-TopK-CLT)"
+        )
+    return k * n_layers
+
+
+def _check_width(snapshot: Snapshot, raw: Mapping[str, Any], width: int) -> None:
+    stated = raw.get("d_feature", width)
+    if stated != width:
+        raise CheckpointError(
+            f"{CONFIG} of {snapshot.where} says d_feature {stated}, but W_enc_0 has {width} "
+            "features"
         )
 
 
@@ -119,59 +147,57 @@ def _plan(
     layer: int,
     n_layers: int,
     places: Mapping[str, str],
-    headers: Mapping[str, Header],
-    options: Mapping[str, Any],
+    header: Header,
+    fields: Mapping[str, Any],
 ) -> Assembly:
-    header = {key: headers[file][key] for key, file in places.items()}
-    where = snapshot.where
-    d_in = tensor_shape(header, f"W_enc_{layer}", 2, where)[1]
-    width = tensor_length(header, f"b_enc_{layer}", where)
-    d_out = tensor_length(header, f"b_dec_{layer}", where)
+    width, d_in = tensor_shape(header, f"W_enc_{layer}", 2, snapshot.where)
+    d_out = tensor_shape(header, f"W_dec_{layer}", 3, snapshot.where)[2]
     shapes: dict[str, tuple[tuple[int, ...], int | None]] = {
         "W_enc": ((width, d_in), 0),
         "b_enc": ((width,), 0),
         "b_dec": ((d_out,), None),
         "W_dec": ((width, n_layers - layer, d_out), 0),
-        "W_dec_norm": ((width,), 0),
+        NORMS: ((width,), 0),
     }
-    pieces = {}
-    for name, (shape, axis) in shapes.items():
-        key = f"{name}_{layer}"
-        if key not in places and name != "W_dec_norm":
-            raise CheckpointError(f"{where} has no tensor {key} in any of its files")
-        if key in places:
-            pieces[name] = Piece(places[key], key, shape, features=axis)
+    pieces = {
+        name: Piece(places[key], key, shape, features=axis)
+        for name, (shape, axis) in shapes.items()
+        if (key := f"{name}_{layer}") in places
+    }
+    if NORMS in places:
+        shape = (n_layers, width)
+        pieces["all_norms"] = Piece(places[NORMS], NORMS, shape, layer, features=0)
     config = TranscoderConfig(
         d_in=d_in,
         d_out=d_out,
         d_transcoder=width,
         layer=layer,
         activation="jointtopk",
-        k=options["k"],
-        input_site=options.get("input_site", "R"),
-        output_site=options.get("output_site", "O"),
         cross_layer=True,
-        leading_positions=options.get("leading_positions", 0),
-        base_model=options.get("base_model"),
         dtype=header[f"W_enc_{layer}"].torch_name,
         source_format=NAME,
+        **fields,
     )
-    return Assembly(config, pieces, _builder(layer, where), tuple(range(layer, n_layers)))
+    build = _builder(layer, d_out, snapshot.where)
+    return Assembly(config, pieces, build, tuple(range(layer, n_layers)))
 
 
-def _builder(layer: int, where: str) -> Build:
+def _builder(layer: int, d_out: int, where: str) -> Build:
     def build(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        found = {name: tensor for name, tensor in tensors.items() if name != "W_dec_norm"}
-        stored = tensors.get("W_dec_norm")
-        norms = tensors["W_dec"].float().flatten(1).norm(dim=1)
-        if stored is not None and not torch.allclose(
-            stored.float(), norms, rtol=_TOLERANCE, atol=1e-6, equal_nan=True
-        ):
-            raise CheckpointError(
-                f"{where}: W_dec_norm_{layer} is not the norm of W_dec_{layer} over all layers "
-                "written to, so the choice of features would not be the trained one"
-            )
-        return found
+        W_enc, W_dec = tensors["W_enc"], tensors["W_dec"]
+        norms = W_dec.float().flatten(1).norm(dim=1)
+        for name in (NORMS, "all_norms"):
+            stored = tensors.get(name)
+            if stored is not None and not torch.allclose(
+                stored.float(), norms, rtol=_TOLERANCE, atol=1e-6, equal_nan=True
+            ):
+                raise CheckpointError(
+                    f"{where}: {NORMS} of layer {layer} is not the norm of W_dec_{layer} over all "
+                    "layers written to, so the choice of features would not be the trained one"
+                )
+        none = {"b_enc": W_enc.new_zeros(len(W_enc)), "b_dec": W_enc.new_zeros(d_out)}
+        found = {name: tensors.get(name, zeros) for name, zeros in none.items()}
+        return {"W_enc": W_enc, "W_dec": W_dec, **found}
 
     return build
 
@@ -179,16 +205,15 @@ def _builder(layer: int, where: str) -> Build:
 FORMATS = (
     Format(
         name=NAME,
-        summary="W_enc_{i}, W_dec_{i}, W_dec_norm_{i}.safetensors, factors.safetensors",
+        summary="W_enc_{i}, W_dec_{i}.safetensors with W_dec_norm.safetensors, config.json",
         detect=_detect,
         open=open_joint_topk,
         options={
-            "k": "features kept over all layers together (360 for ByteDance's)",
-            "factors": "'ignore': read the weights although factors.safetensors is not applied",
+            "k": "features kept over all layers together (default: config.json's times layers)",
             "input_site": "where it reads (default R)",
             "output_site": "where it writes (default O)",
-            "leading_positions": "positions left out at the start (default 0)",
-            "base_model": "the model's Hub id, which the files do not hold",
+            "leading_positions": "positions left out at the start (default 1)",
+            "base_model": "the model's Hub id",
         },
     ),
 )

@@ -175,7 +175,7 @@ def _decode_clt(folder: Path) -> dict[str, Any]:
 @builder("joint-topk")
 def _joint_topk(folder: Path) -> dict[str, Any]:
     layouts.joint_topk(folder)
-    return {"k": 8}
+    return {}
 
 
 @builder("tiny-model")

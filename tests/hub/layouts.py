@@ -197,21 +197,27 @@ def decode_clt(folder: Path, **changes: Any) -> Files:
     return files
 
 
-def joint_topk(folder: Path, factors: bool = False) -> Files:
+def joint_topk(folder: Path, biases: bool = False) -> Files:
     files: Files = {}
+    norms = []
     for layer in range(L):
         seed = 10 * layer
         W_dec = random(seed + 3, F, L - layer, D)
-        files[f"W_enc_{layer}.safetensors"] = {
-            f"W_enc_{layer}": random(seed, F, D),
-            f"b_enc_{layer}": random(seed + 1, F),
-            f"b_dec_{layer}": random(seed + 2, D),
+        norms.append(W_dec.square().sum((1, 2)).sqrt())
+        files[f"W_enc_{layer}.safetensors"] = {f"W_enc_{layer}": random(seed, F, D)}
+        files[f"W_dec_{layer}.safetensors"] = {
+            f"W_dec_{layer}": W_dec,
+            f"W_dec_norm_{layer}": norms[-1],
         }
-        files[f"W_dec_{layer}.safetensors"] = {f"W_dec_{layer}": W_dec}
-        norms = {f"W_dec_norm_{layer}": W_dec.square().sum((1, 2)).sqrt()}
-        files[f"W_dec_norm_{layer}.safetensors"] = norms
-    if factors:
-        files["factors.safetensors"] = {"in": torch.ones(L)}
+        if biases:
+            files[f"W_enc_{layer}.safetensors"] |= {
+                f"b_enc_{layer}": random(seed + 1, F),
+                f"b_dec_{layer}": random(seed + 2, D),
+            }
+    files["W_dec_norm.safetensors"] = {"W_dec_norm": torch.stack(norms)}
+    scales = {"resid_mid_l2": torch.ones(L), "mlp_out_l2": torch.ones(L)}
+    files["factors.safetensors"] = scales
+    write_json(folder / "config.json", {"d_feature": F, "k": 2, "base_model": "some/model"})
     write_files(folder, files)
     return files
 
