@@ -28,7 +28,9 @@ from .attachment import attached
 from .builtin import builtin_model_path
 from .circuits.collect import token_ids_of
 from .errors import InputError
+from .fit_sums import FitSums
 from .hypotheses import NONE_FITS, explain, rank_hypotheses
+from .joint_fit import joint_fit
 from .models import hf_module
 from .sets import TranscoderSet
 from .site_values import read_sites
@@ -62,7 +64,7 @@ class LayerFit:
         fvu: Fraction of variance unexplained (see the module's docstring).
         l0: Active features per position.
         ce_change: Rise of the cross-entropy in nats when this layer's MLP alone is replaced; None
-            for a cross-layer set, whose layers need each other.
+            for a cross-layer or jointly chosen set, whose layers need each other.
         verdict: ``"fits"``, ``"weak"`` or ``"does not fit"``.
         hypothesis: Of a layer that does not fit, the other way to read it that does, such as
             ``"input site N0 instead of N1 (FVU 0.07)"``, or that there is none. Of a weak one, such
@@ -129,15 +131,19 @@ def verify(
     sites = sites or resolve_sites(module)
     transcoders.check_model(sites.d_model, sites.n_layers, type(module).__name__)
     batches = _batches(model, sites, _default_text(module) if text is None else text)
-    singles = [] if transcoders.cross_layer else list(transcoders.layers)
+    together = transcoders.cross_layer or _is_joint(transcoders)
+    singles = [] if together else list(transcoders.layers)
     passes = tqdm(total=3 + len(singles), desc="verify", disable=not verbose, leave=False)
     with passes:
-        sums = _fit_sums(model, transcoders, batches, sites)
-        passes.update()
         ce, n_predicted = _cross_entropy(model, batches)
         passes.update()
-        with attached(model, transcoders, sites=sites) as replaced:
-            ce_replaced, _ = _cross_entropy(replaced, batches)
+        if _is_joint(transcoders):
+            sums, ce_replaced = joint_fit(model, transcoders, batches, sites)
+        else:
+            sums = _fit_sums(model, transcoders, batches, sites)
+            passes.update()
+            with attached(model, transcoders, sites=sites) as replaced:
+                ce_replaced, _ = _cross_entropy(replaced, batches)
         passes.update()
         changes: dict[int, float | None] = dict.fromkeys(transcoders.layers)
         for layer in singles:
@@ -180,41 +186,12 @@ def _tokenize(model: Any, text: str) -> list[int]:
     return model.tokenizer(text)["input_ids"]
 
 
-class _Sums:
-    """Running sums of one layer, in float64 on the CPU: nothing else is kept of a text."""
-
-    def __init__(self, width: int) -> None:
-        self.n = 0
-        self.active = 0
-        self.error = 0.0
-        self.square = 0.0
-        self.total = torch.zeros(width, dtype=torch.float64)
-
-    def add(self, output: Tensor, error: Tensor, features: Tensor) -> None:
-        """``(n, d_model)``, ``(n, d_model)``, ``(n, d_transcoder)``."""
-        self.n += len(output)
-        self.active += int(features.count_nonzero())
-        self.error += float(error.double().pow(2).sum())
-        self.square += float(output.double().pow(2).sum())
-        self.total += output.double().sum(0).cpu()
-
-    def fvu(self) -> float:
-        """Error over the variance around the mean."""
-        variance = self.square - float(self.total.pow(2).sum()) / max(self.n, 1)
-        if variance <= 1e-9 * self.square:
-            raise InputError(
-                f"the MLP's output does not vary over the {self.n} position(s) of this text, so "
-                "that no FVU is defined: give a longer text"
-            )
-        return self.error / variance
-
-
-def _fit(layer: int, sums: _Sums, change: float | None) -> LayerFit:
+def _fit(layer: int, sums: FitSums, change: float | None) -> LayerFit:
     fvu = sums.fvu()
     verdict: Verdict = "does not fit"
     if fvu < FAILS_FROM:
         verdict = "fits" if fvu < FITS_BELOW else "weak"
-    return LayerFit(layer, fvu, sums.active / sums.n, change, verdict)
+    return LayerFit(layer, fvu, sums.l0, change, verdict)
 
 
 def _explained(
@@ -226,11 +203,12 @@ def _explained(
 ) -> list[LayerFit]:
     """The same with the hypotheses of the layers that do not fit well."""
     poor = {fit.layer: fit for fit in fits if fit.verdict != "fits"}
-    groups = [list(transcoders.layers)] if transcoders.cross_layer else [[n] for n in poor]
+    together = transcoders.cross_layer or _is_joint(transcoders)
+    groups = [list(transcoders.layers)] if together else [[n] for n in poor]
     found: dict[int, str | None] = {}
     for group in groups if poor else ():
         leading = {layer: transcoders.config(layer).leading_positions for layer in group}
-        if transcoders.cross_layer:  # all parts on the same positions
+        if together:  # all parts on the same positions
             leading = dict.fromkeys(group, max(leading.values()))
         values = read_sites(model, sites, leading, batches)
         modules = {layer: transcoders[layer] for layer in group}
@@ -242,20 +220,23 @@ def _explained(
     return [replace(fit, hypothesis=found.get(fit.layer)) for fit in fits]
 
 
+def _is_joint(transcoders: TranscoderSet) -> bool:
+    return any(transcoders.config(n).activation == "jointtopk" for n in transcoders.layers)
+
+
 def _fit_sums(
     model: Any, transcoders: TranscoderSet, batches: Sequence[Tensor], sites: Sites
-) -> dict[int, _Sums]:
+) -> dict[int, FitSums]:
     layers = transcoders.layers
-    sums = {layer: _Sums(sites.d_model) for layer in layers}
+    sums = {layer: FitSums(sites.d_model) for layer in layers}
     with attached(model, transcoders, mode="observe", sites=sites) as watched:
         for ids in batches:
             values = _observe(watched, layers, ids)
             for layer, (features, reconstruction, error) in zip(layers, values, strict=True):
                 start = transcoders.config(layer).leading_positions
                 columns = [part[:, start:].flatten(0, 1) for part in (reconstruction, error)]
-                sums[layer].add(
-                    columns[0] + columns[1], columns[1], features[:, start:].flatten(0, 1)
-                )
+                active = int(features[:, start:].count_nonzero())
+                sums[layer].add(columns[0] + columns[1], columns[1], active)
     return sums
 
 

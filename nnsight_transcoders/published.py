@@ -277,7 +277,7 @@ _QWEN = (
         "R -> O",
         "joint-topk",
         remark="Features are chosen over all layers together, so it cannot be attached to a "
-        "running model; attribute() works. 377 GB of float32",
+        "running model; attribute() and verify() work. 377 GB of float32",
     ),
     CatalogueEntry(
         "sackfield/qwen2.5-0.5b-transcoders",

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from .activations import keep_joint
 from .transcoder import CrossLayerPart, InputSite, OutputSite, Transcoder
 
 #: One layer's transcoder, or all parts of a cross-layer one, which need each other.
@@ -89,10 +90,15 @@ def reconstruct(
         reading: How they are read.
     """
     read = {layer: _altered(module, reading) for layer, module in modules.items()}
+    inputs = {n: _input(modules[n], values[n], reading).to(m.W_enc) for n, m in read.items()}
+    features = {n: module.encode(inputs[n]) for n, module in read.items()}
+    config = next(iter(read.values())).config
+    if config.activation == "jointtopk" and config.k is not None:
+        norms = {n: module.decoder_norms() for n, module in read.items()}
+        features = keep_joint(features, norms, config.k)
     made: dict[int, Tensor] = {}
     for layer, module in read.items():
-        x = _input(modules[layer], values[layer], reading).to(module.W_enc)
-        acts = module.encode(x)
+        x, acts = inputs[layer], features[layer]
         if isinstance(module, Transcoder):
             made[layer] = module.decode(acts, x)
             continue

@@ -29,8 +29,8 @@ def check_layerwise(transcoders: TranscoderSet) -> None:
             raise InputError(
                 "this set keeps the k features that write the most over all layers together "
                 "(activation 'jointtopk'): while an early layer runs, the features of later layers "
-                "are not known yet, so it cannot be attached to a running model (nor verified by "
-                "running one). attribute() works: it encodes a finished run"
+                "are not known yet, so it cannot be attached to a running model. attribute() and "
+                "verify() work: they encode a finished run"
             )
 
 
