@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from nnsight_transcoders.hub.staging import canonical_tensors, staged, write_ten
 from nnsight_transcoders.sets import TranscoderSet
 from nnsight_transcoders.transcoder import TranscoderConfig
 
+logger = logging.getLogger(__name__)
+
 #: ``model_kind`` in ``config.yaml``: per-layer, cross-layer.
 KINDS = ("transcoder_set", "cross_layer_transcoder")
 
@@ -24,7 +27,8 @@ def save_circuit_tracer(transcoders: TranscoderSet, folder: str | Path) -> Path:
     """Write a set in circuit-tracer's layout, one layer in memory at a time.
 
     A BatchTopK threshold is written as the JumpReLU that it is at inference. circuit-tracer always
-    leaves out position 0, whatever the set's ``leading_positions``.
+    leaves out position 0, whatever the set's ``leading_positions``. A TopK set is written as such,
+    with a logged warning: circuit-tracer up to 0.5 has no TopK and reads it as ReLU.
 
     Args:
         transcoders: A per-layer or cross-layer set that has all layers from 0 on.
@@ -44,6 +48,11 @@ def save_circuit_tracer(transcoders: TranscoderSet, folder: str | Path) -> Path:
             f"circuit-tracer needs all layers from 0 on; this set has layers {list(layers)}"
         )
     config = _config(transcoders)
+    if "k" in config:
+        logger.warning(
+            "circuit-tracer up to 0.5 does not know TopK: it will read this set as ReLU, with all "
+            "features of positive pre-activation active"
+        )
     with staged(folder, last=CONFIG) as stage:
         for layer in layers:
             for name, tensors in _layer_files(transcoders, layer).items():

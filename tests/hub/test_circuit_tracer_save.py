@@ -26,9 +26,10 @@ from .checkpoints import folder_bytes, make_set, random
         {"cross_layer": True, "activation": "jumprelu"},
     ],
 )
-def test_saving(fields: dict[str, Any], tmp_path: Path) -> None:
+def test_saving(fields: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     made = make_set(dtype="bfloat16", input_site="N0", output_site="O'", base_model="a/b", **fields)
     opened = TranscoderSet.from_pretrained(save_circuit_tracer(made, tmp_path))
+    assert ("read this set as ReLU" in caplog.text) == ("k" in fields)
     assert opened.provenance["format"] == "circuit-tracer"
     for layer in made.layers:
         own, loaded = made[layer].state_dict(), opened[layer].state_dict()
