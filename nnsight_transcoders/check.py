@@ -40,6 +40,9 @@ LIMITS = {
     torch.bfloat16: 3e-1,
 }
 
+#: Features of all layers and positions together, about half of which are active.
+MAX_FEATURES = 4096
+
 
 @dataclass(frozen=True)
 class CheckRow:
@@ -116,9 +119,11 @@ def check(
     ids = torch.randint(0, sites.vocab_size, (n_tokens,), generator=generator)
     run = collect(model, sites, ids)
     limit = LIMITS[run.final.dtype]
+    # Few enough that every active feature is a node, in the same order whatever the method.
+    width = min(64, max(8, MAX_FEATURES // (sites.n_layers * n_tokens)))
     rows = []
     for kind in tqdm(kinds, desc="check", disable=not verbose, leave=False):
-        transcoders = random_transcoders(run, kind, seed=seed)
+        transcoders = random_transcoders(run, kind, d_transcoder=width, seed=seed)
         rows += _check_kind(model, sites, run, transcoders, kind, limit)
     return CheckReport(type(module).__name__, sites, tuple(rows))
 
@@ -224,11 +229,10 @@ def _randomise(
     config = module.config
     x = run.mid[layer] if config.input_site == "R" else run.mlp_in[layer]
     y = run.mlp_post[layer] if config.output_site == "O'" else run.mlp_out[layer]
-    size_x = 1.0 if config.input_site == "N0" else float(x.float().norm(dim=-1).mean())
-    size_x = size_x or 1.0
-    if config.input_site == "N0":
-        size_x = config.d_in**0.5
-    size_y = float(y.float().norm(dim=-1).mean())
+    # Medians: many models have one position (the first) with a norm hundreds of times the others',
+    # and what is written at its scale everywhere drowns the rest in rounding errors.
+    size_x = config.d_in**0.5 if config.input_site == "N0" else _median_norm(x) or 1.0
+    size_y = _median_norm(y)
     sizes = {
         "W_enc": 1 / size_x,
         "b_enc": 0.1,
@@ -241,3 +245,7 @@ def _randomise(
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             parameter.data = (noise * sizes[name]).to(parameter.dtype)
     return module.requires_grad_(False)
+
+
+def _median_norm(x: Tensor) -> float:
+    return float(x.float().norm(dim=-1).median())
