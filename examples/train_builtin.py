@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 import typer
+from nnsight import TransformersModel
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -32,18 +32,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from nnsight_transcoders import TranscoderSet
+from nnsight_transcoders import TrainConfig, TranscoderSet, train
 from nnsight_transcoders.builtin import text
-from nnsight_transcoders.builtin.scores import (
-    LEADING,
-    Layers,
-    Modules,
-    all_scores,
-    mlp_values,
-    set_scores,
-    written,
-)
-from nnsight_transcoders.transcoder import CrossLayerPart, Transcoder, TranscoderConfig
+from nnsight_transcoders.builtin.scores import LEADING, all_scores, set_scores
 
 FILES = Path(text.__file__).parent / "files"
 CONTEXT = 128
@@ -60,7 +51,8 @@ TEST_SEED = 10_000
 """The seed of the text that sets are measured on; no training run uses it."""
 DEAD_AFTER = 100
 """Steps without firing after which a feature counts as dead."""
-AUX_WEIGHT = 1 / 32
+TOKENS = 2048
+"""Positions per training step of a transcoder set."""
 
 app = typer.Typer(add_completion=False, help=__doc__)
 
@@ -212,91 +204,10 @@ def note(path: tuple[str, ...], values: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(record, indent=2) + "\n")
 
 
-def make_transcoders(kind: str, outputs: Layers, seed: int) -> dict[int, Transcoder]:
-    """Freshly initialised transcoders; the output biases start at the mean MLP output."""
-    generator = torch.Generator().manual_seed(seed)
-    modules = {}
-    for layer, values in outputs.items():
-        width = values.shape[-1]
-        config = TranscoderConfig(
-            d_in=width,
-            d_out=width,
-            layer=layer,
-            leading_positions=LEADING,
-            base_model="builtin",
-            **KINDS[kind],
-        )
-        cross = config.cross_layer
-        module = (
-            CrossLayerPart(config, tuple(range(layer, len(outputs))))
-            if cross
-            else Transcoder(config)
-        )
-        with torch.no_grad():
-            encoder = torch.randn(module.W_enc.shape, generator=generator)
-            module.W_enc.copy_(encoder / encoder.norm(dim=1, keepdim=True))
-            scale = values.std() / math.sqrt(config.k * width)
-            module.W_dec.copy_(torch.randn(module.W_dec.shape, generator=generator) * scale)
-            module.b_dec.copy_(values.mean(0))
-        modules[layer] = module
-    return modules
-
-
-def train_activations(module: Transcoder | CrossLayerPart, pre: Tensor) -> Tensor:
-    """The activation while training, which for `batchtopk` chooses among the whole batch.
-
-    Its threshold, used afterwards, follows the smallest value that was chosen.
-    """
-    if module.config.activation != "batchtopk":
-        return module.activation(pre)
-    active = pre.relu()
-    least = active.flatten().topk(module.config.k * len(pre), sorted=False).values.min().detach()
-    threshold = module.activation.threshold.data
-    threshold.lerp_(least, 0.01 if threshold > 0 else 1.0)
-    return active * (active >= least)
-
-
-def revived(modules: Modules, pre: Layers, idle: Layers, layer: int) -> Tensor | None:
-    """What dead features would write to a layer without their competitors, if there are any."""
-    total = None
-    for source, module in modules.items():
-        own = isinstance(module, Transcoder)
-        dead = (idle[source] >= DEAD_AFTER).nonzero().flatten()
-        if (source != layer if own else source > layer) or not len(dead):
-            continue
-        rows = module.W_dec[dead] if own else module.W_dec[dead, layer - source]
-        part = pre[source][:, dead].relu() @ rows
-        total = part if total is None else total + part
-    return total
-
-
-def transcoder_loss(
-    modules: Modules, inputs: Layers, outputs: Layers, idle: Layers
-) -> tuple[Tensor, dict[int, float], dict[int, float]]:
-    """Sum over layers of the unexplained share of variance and of the loss for dead features.
-
-    `idle` counts, per feature, the steps since it last fired, and is updated.
-
-    Returns:
-        The loss; per layer the unexplained share of variance (FVU) and the mean L0.
-    """
-    pre = {layer: module.pre_activations(inputs[layer]) for layer, module in modules.items()}
-    active = {layer: train_activations(module, pre[layer]) for layer, module in modules.items()}
-    loss, fvu, l0 = torch.zeros(()), {}, {}
-    for layer, module in modules.items():
-        firing = active[layer].detach() > 0
-        idle[layer] = (idle[layer] + 1) * ~firing.any(0)
-        l0[layer] = round(firing.sum().item() / len(firing), 1)
-        target = outputs[layer]
-        variance = (target - target.mean(0)).square().sum()
-        error = target - written(modules, active, layer) - module.b_dec - module.skip(inputs[layer])
-        share = error.square().sum() / variance
-        loss = loss + share
-        if (dead := revived(modules, pre, idle, layer)) is not None:
-            rest = error.detach() - dead
-            loss = loss + AUX_WEIGHT * rest.square().sum() / error.detach().square().sum()
-        fvu[layer] = round(share.item(), 4)
-    return loss, fvu, l0
+def rows(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[torch.Tensor]:
+    """Endless rows of packed sentences, as the model was trained on."""
+    for batch in batches(tokenizer, TOKENS, seed):
+        yield from batch
 
 
 @app.command()
@@ -305,39 +216,35 @@ def transcoders(
     model: Path = FILES / "model",
     out: Path | None = None,
     steps: int | None = None,
-    tokens: int = 2048,
     peak: float = 2e-3,
     seed: int = 0,
     threads: int = 1,
 ) -> None:
-    """Trains one set of transcoders on the model's own activations."""
+    """Trains one set of transcoders on the model's own activations, with the package's trainer."""
     steps = steps or STEPS[kind]
     torch.set_num_threads(threads)
-    network = AutoModelForCausalLM.from_pretrained(model).eval()
-    source = batches(AutoTokenizer.from_pretrained(model), tokens, seed + 1)
-    modules = make_transcoders(kind, mlp_values(network, next(source))[1], seed)
-    weights = [w for m in modules.values() for name, w in m.named_parameters() if "." not in name]
-    optimizer, start = torch.optim.Adam(weights, lr=0.0), time.time()
-    idle = {layer: torch.zeros(module.W_enc.shape[0]) for layer, module in modules.items()}
-    for step in range(steps):
-        values = mlp_values(network, next(source))
-        loss, fvu, l0 = transcoder_loss(modules, *values, idle)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.param_groups[0]["lr"] = learning_rate(step, steps, peak)
-        optimizer.step()
-        optimizer.zero_grad()
-        if step % 250 == 249 or step == steps - 1:
-            dead = [int((count >= DEAD_AFTER).sum()) for count in idle.values()]
-            shown = f"FVU={list(fvu.values())} L0={list(l0.values())} dead={dead}"
-            typer.echo(f"{step + 1} {time.time() - start:.0f}s {shown}")
-    stored = {layer: module.half() for layer, module in modules.items()}
-    for module in stored.values():
-        module.config = module.config.replace(dtype="float16")
-    folder = TranscoderSet.from_transcoders(stored).save_pretrained(out or FILES / kind)
+    network = TransformersModel(str(model), task="text-generation", dispatch=True)
+    config = TrainConfig(
+        **KINDS[kind],
+        leading_positions=LEADING,
+        special_tokens=True,  # each sentence's <bos> is replaced too, once the set is attached
+        pack=False,
+        context=CONTEXT,
+        n_tokens=steps * TOKENS,
+        batch_size=TOKENS,
+        buffer_size=16 * TOKENS,
+        lr=peak,
+        warmup=100 / steps,
+        dead_after=DEAD_AFTER * TOKENS,
+        dtype="float16",
+        seed=seed,
+    )
+    trained = train(network, rows(network.tokenizer, seed + 1), config)
+    folder = trained.save_pretrained(out or FILES / kind)
     (folder / "README.md").unlink()  # a Hub model card; docs/builtin.md says it better
-    settings = {"steps": steps, "tokens_per_step": tokens, "peak_learning_rate": peak, "seed": seed}
-    note(("sets", kind), {**KINDS[kind], **settings})
+    if out is None:
+        settings = {"steps": steps, "tokens_per_step": TOKENS, "peak_learning_rate": peak}
+        note(("sets", kind), {**KINDS[kind], **settings, "seed": seed})
 
 
 @app.command()

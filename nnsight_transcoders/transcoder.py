@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from .activations import check_activation, keep_joint, make_activation
 from .errors import ConfigError, InputError
 
-#: Where a transcoder reads: the raw residual stream, the norm before its gain, the norm's output.
-InputSite = Literal["R", "N0", "N1"]
+#: Where a transcoder reads: the raw residual stream, the norm before its gain, the norm's output. A
+#: sparse autoencoder reads what it reconstructs, one of the output sites.
+InputSite = Literal["R", "N0", "N1", "O", "O'"]
 #: Where its output goes: the MLP's output, or that after the norm which follows the MLP.
 OutputSite = Literal["O", "O'"]
 
@@ -45,7 +46,8 @@ class TranscoderConfig:
             ``jointtopk``).
         relu_first: Whether a ReLU comes before the choice of the top k.
         n_groups: Groups of ``grouptopk``.
-        input_site: ``"R"``, ``"N0"`` or ``"N1"`` (docs/concepts.md, "Sites").
+        input_site: ``"R"``, ``"N0"`` or ``"N1"`` (docs/concepts.md, "Sites"); the same as
+            ``output_site`` for a sparse autoencoder.
         output_site: ``"O"`` or ``"O'"``.
         skip: Whether there is an affine skip path ``x @ W_skip.T``.
         cross_layer: Whether the decoder writes to several layers.
@@ -91,7 +93,17 @@ class TranscoderConfig:
                     f"{name} must be one of {', '.join(get_args(options))}, "
                     f"got {getattr(self, name)!r}"
                 )
+        if self.input_site in get_args(OutputSite) and not self.is_autoencoder:
+            raise ConfigError(
+                f"input_site {self.input_site!r} is an output site: only a sparse autoencoder reads "
+                f"there, which then writes there too, not to {self.output_site!r}"
+            )
         check_activation(self.activation, self.d_transcoder, self.k, self.n_groups)
+
+    @property
+    def is_autoencoder(self) -> bool:
+        """Whether it reads what it reconstructs: a sparse autoencoder, not a transcoder."""
+        return self.input_site == self.output_site
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary that ``from_dict`` reads back."""

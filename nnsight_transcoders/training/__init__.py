@@ -1,0 +1,1 @@
+"""Training transcoders on the activations of a model, streamed through nnsight."""
