@@ -37,6 +37,9 @@ NOTEBOOK_EDGES = 20_000
 #: Characters that could end a script element or a line of JavaScript.
 _UNSAFE = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
 
+#: Entries of a graph's metadata that the page shows in places of their own.
+_APART = {"pruning", "labels", "pinned", "supernodes"}
+
 FeatureDetails = Mapping[str, Mapping[str, Any]]
 
 
@@ -56,25 +59,42 @@ def render_graph(
         max_edges: A graph with more edges is shown with those of the largest influence, and the
             page says so.
         feature_details: What is known about features, by ``"layer_feature"``: any of ``label``
-            (text), ``top_logits``, ``bottom_logits``, ``de_embedding`` (lists of ``[text, value]``)
-            and ``examples`` (list of ``{"tokens": [...], "activations": [...]}``).
+            (text), ``top_logits``, ``bottom_logits``, ``de_embedding`` (lists of ``[text,
+            value]``), ``examples`` (list of ``{"tokens": [...], "activations": [...]}``),
+            ``density``, ``max_activation`` and ``histogram`` (``{"counts": [...], "width": ...}``).
+            ``FeatureBundle.details`` and ``feature_details`` give such.
 
     Raises:
         InputError: A number of the graph or of ``feature_details`` is NaN or infinite, or
             ``max_edges`` is negative.
     """
     data = page_data(graph, title=title, max_edges=max_edges, feature_details=feature_details)
+    return fill_template("page", "viewer.js", data, "the graph's metadata or feature_details")
+
+
+def fill_template(template: str, script: str, data: Mapping[str, Any], what: str) -> str:
+    """A page with its data, style and script inside it.
+
+    Args:
+        template: Name of the template.
+        script: File name of its script.
+        data: What the script reads; its ``"title"`` is the page's.
+        what: What to name if the data cannot be written.
+
+    Raises:
+        InputError: A number is NaN or infinite, or something is no JSON.
+    """
+    # Half a character (a lone surrogate) could not be written to a file.
+    title = data["title"].encode("utf-8", "replace").decode("utf-8")
     try:
-        text = json.dumps(data, allow_nan=False, separators=(",", ":"))
+        text = json.dumps({**data, "title": title}, allow_nan=False, separators=(",", ":"))
     except (TypeError, ValueError) as error:
-        raise InputError(
-            f"the graph's metadata or feature_details cannot be written as JSON: {error}"
-        ) from error
-    return Template(_asset("page.html")).substitute(
-        title=html.escape(data["title"]),
+        raise InputError(f"{what} cannot be written as JSON: {error}") from error
+    return Template(_asset(f"{template}.html")).substitute(
+        title=html.escape(title),
         version=html.escape(__version__),
         style=_asset("viewer.css"),
-        script=_asset("viewer.js"),
+        script=_asset(script),
         data=text.translate(_UNSAFE),
     )
 
@@ -90,8 +110,19 @@ def notebook_frame(graph: AttributionGraph, height: int = 700, **options: Any) -
         **options: See ``render_graph``; ``max_edges`` is 20,000 here unless given.
     """
     page = render_graph(graph, **{"max_edges": NOTEBOOK_EDGES, **options})
+    return frame(page, "Attribution graph", height)
+
+
+def frame(page: str, title: str, height: int) -> str:
+    """A page inside a sandboxed ``<iframe>``.
+
+    Args:
+        page: The page as HTML text.
+        title: Of the frame, for screen readers.
+        height: In pixels.
+    """
     return (
-        f'<iframe srcdoc="{html.escape(page)}" title="Attribution graph" '
+        f'<iframe srcdoc="{html.escape(page)}" title="{html.escape(title)}" '
         f'sandbox="allow-scripts allow-downloads" '
         f'style="width: 100%; height: {int(height)}px; border: 0"></iframe>'
     )
@@ -115,7 +146,6 @@ def page_data(
     heading = "".join(graph.tokens) if title is None else title
     return {
         "version": DATA_VERSION,
-        # Half a character (a lone surrogate) could not be written to a file.
         "title": heading.encode("utf-8", "replace").decode("utf-8"),
         "tokens": list(graph.tokens),
         "target_names": list(graph.target_names),
@@ -133,7 +163,10 @@ def page_data(
             "completeness_score": graph.completeness_score,
         },
         "pruning": graph.metadata.get("pruning"),
-        "metadata": {key: value for key, value in graph.metadata.items() if key != "pruning"},
+        "metadata": {k: v for k, v in graph.metadata.items() if k not in _APART},
+        "labels": graph.metadata.get("labels", {}),
+        "pinned": graph.metadata.get("pinned", []),
+        "supernodes": graph.metadata.get("supernodes", {}),
         "feature_details": _details(graph, feature_details or {}),
     }
 

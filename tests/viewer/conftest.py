@@ -14,6 +14,9 @@ import torch
 
 from nnsight_transcoders.circuits.graph import ERROR, FEATURE, LOGIT, TOKEN, AttributionGraph
 
+#: Where screenshots are kept (ignored by git).
+SHOTS = Path(__file__).parents[2] / "build" / "screenshots"
+
 TOKENS = ("<bos>", "The", " war", " lasted", " from", " ", "173", "2", " to", " 17")
 TARGETS = ("49", "50", "63", " the", "\n", "8")
 
@@ -99,6 +102,9 @@ def feature_details(graph: AttributionGraph) -> dict[str, dict[str, object]]:
                 "top_logits": [[" 17", 2.5], ["18", 1.25]],
                 "bottom_logits": [[" the", -1.5]],
                 "de_embedding": [["1732", 3.0], [" year", 0.5]],
+                "density": 0.0012,
+                "max_activation": 2.0,
+                "histogram": {"counts": [40, 0, 3, 0, 0, 0, 0, 0], "width": 0.75},
                 "examples": [
                     {"tokens": ["The", " year", " 17", "45"], "activations": [0.0, 0.4, 2.0, 1.0]}
                 ],
@@ -183,8 +189,10 @@ class Page:
             time.sleep(0.02)
 
     def shot(self, name: str) -> None:
+        """Keep a picture for people to look at."""
         time.sleep(0.2)  # the nodes fade
-        self.driver.save_screenshot(str(self.folder / f"{name}.png"))
+        SHOTS.mkdir(parents=True, exist_ok=True)
+        self.driver.save_screenshot(str(SHOTS / f"{name}.png"))
 
     def complaints(self) -> list[str]:
         return [entry["message"] for entry in self.driver.get_log("browser")]
@@ -195,9 +203,8 @@ class Page:
         return [m["params"]["request"]["url"] for m in sent]
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """Headless Chromium."""
+def start_browser() -> Any:
+    """Headless Chromium; skips the test where it, its driver or selenium is not installed."""
     webdriver = pytest.importorskip("selenium.webdriver")
     service = pytest.importorskip("selenium.webdriver.chrome.service")
     options = webdriver.ChromeOptions()
@@ -205,9 +212,15 @@ def browser() -> Iterator[Any]:
     for argument in ("--headless=new", "--no-sandbox", "--disable-gpu"):
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(
+    return webdriver.Chrome(
         options=options, service=service.Service(_first("chromedriver", "chromium.chromedriver"))
     )
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A browser."""
+    driver = start_browser()
     yield driver
     driver.quit()
 

@@ -26,7 +26,7 @@ def download(page: Any, selector: str) -> Any:
     behaviour = {"behavior": "allow", "downloadPath": str(page.folder)}
     page.driver.execute_cdp_cmd("Browser.setDownloadBehavior", behaviour)
     page.one(selector).click()
-    path = page.folder / "pinned.json"
+    path = page.folder / "circuit-state.json"
     page.until(lambda: path.exists() and path.stat().st_size > 0)
     return json.loads(path.read_text(encoding="utf-8"))
 
@@ -132,9 +132,10 @@ def test_feature_details_and_hostile_labels(
     assert page.text(".meaning") == HOSTILE
     assert not page.all("img")
     panel = page.text("#panel")
-    for heading in ("Promotes", "Suppresses", "Tokens that switch it on", "Examples"):
+    for heading in ("Raises", "Lowers", "Tokens that switch it on", "Examples", "On the text"):
         assert heading in panel
     assert len(page.all(".examples .lit")) == 3
+    assert len(page.all(".histogram .bars rect")) == 3
     page.shot("details")
 
 
@@ -159,12 +160,47 @@ def test_pins_and_groups_stay_in_the_address(page: Any, make_graph: MakeGraph) -
     flow = page.text(".flow .weight").replace("\u2212", "-")
     assert float(flow) == pytest.approx(total, rel=6e-3)
     page.shot("groups")
-    saved = download(page, "#panel > .plain")
-    assert saved == {"pinnedIds": [a, b, c], "supernodes": [["digits <b>", a, b]]}
+    saved = download(page, "#save-state")
+    assert saved == {
+        "pinnedIds": [a, b, c],
+        "supernodes": [["digits <b>", a, b]],
+        "clickedId": None,
+        "thresholds": {"node": 1, "edge": 1},
+    }
     address = page.run("return location.hash")
     page.open(text, address)
     page.one("#tab-pins").click()
     assert page.text(".group h3 span") == "digits <b>"
+    page.open(text)
+    page.one("#tab-pins").click()
+    page.one("#open-file").send_keys(str(page.folder / "circuit-state.json"))
+    page.until(lambda: page.all(".group h3 span"))
+    assert page.text(".group h3 span") == "digits <b>"
+    assert page.run("return location.hash") == address
+    # A third node joins the group by its name.
+    page.one(f'.pin-row input[value="{c}"]').click()
+    page.one(".group-form input").send_keys("digits <b>")
+    page.one(".group-form button").click()
+    assert len(page.all(".group .pin-row")) == 3
+    wrong = page.folder / "wrong.json"
+    wrong.write_text("[1]")
+    page.one("#open-file").send_keys(str(wrong))
+    page.until(lambda: page.one(".files .warn").is_displayed())
+    assert len(page.all(".group .pin-row")) == 3
+
+
+def test_groups_pins_and_labels_of_the_graph_are_there(page: Any, make_graph: MakeGraph) -> None:
+    graph = make_graph()
+    a, b, c, *_ = (node for node in graph.nodes() if node.kind == "feature")
+    named = graph.named({"pair <i>": [a, b]}, pinned=[c], labels={a: "a label <b>"})
+    page.open(render_graph(named), f"#n=1&e=1&s={a.id}")
+    assert page.text(".meaning") == "a label <b>"
+    assert page.text("#tab-pins") == "Pinned 3"
+    page.one("#tab-pins").click()
+    assert page.text(".group h3 span") == "pair <i>"
+    assert "p=" not in page.run("return location.hash")
+    page.one(f'.pin-row [aria-label^="Unpin"][aria-label*="{c.index}"]').click()
+    assert "p=" in page.run("return location.hash")
 
 
 def test_connections_are_forbidden(open_page: Any, make_graph: MakeGraph) -> None:

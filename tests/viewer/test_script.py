@@ -55,8 +55,9 @@ def test_script_was_built_from_these_sources() -> None:
     names = sorted(p.name for p in SOURCES.iterdir() if re.search(r"\.(js|mjs|css|json)$", p.name))
     for name in names:
         digest.update(f"{name}\0".encode() + (SOURCES / name).read_bytes() + b"\0")
-    first = (VIEWER / "assets" / "viewer.js").read_text(encoding="utf-8").splitlines()[0]
-    assert digest.hexdigest()[:16] in first, "run `npm ci && npm run build` in viewer/src"
+    for name in ("viewer.js", "dashboard.js"):
+        first = (VIEWER / "assets" / name).read_text(encoding="utf-8").splitlines()[0]
+        assert digest.hexdigest()[:16] in first, "run `npm ci && npm run build` in viewer/src"
 
 
 @needs_node
@@ -64,7 +65,7 @@ def test_build_gives_the_committed_files(tmp_path: Path) -> None:
     if not (SOURCES / "node_modules" / "esbuild").is_dir():
         pytest.skip("esbuild is not installed (npm ci in viewer/src)")
     subprocess.run(["node", "build.mjs", f"--outdir={tmp_path}"], cwd=SOURCES, check=True)
-    for name in ("viewer.js", "viewer.css", "LICENSES.txt"):
+    for name in ("viewer.js", "dashboard.js", "viewer.css", "LICENSES.txt"):
         assert (tmp_path / name).read_bytes() == (VIEWER / "assets" / name).read_bytes(), name
 
 
@@ -152,7 +153,7 @@ def test_state_survives_the_address(make_graph: MakeGraph) -> None:
     ids = data["nodes"]["id"][:4]
     script = """
     import { readModel } from "./model.js";
-    import { fromHash, initialState, toHash } from "./state.js";
+    import { fromFile, fromHash, initialState, toFile, toHash } from "./state.js";
     const model = readModel(input.data);
     const start = { node: 0.8, edge: 0.98 };
     const state = {
@@ -162,12 +163,18 @@ def test_state_survives_the_address(make_graph: MakeGraph) -> None:
     const broken = ["#n=7&e=x&s=none&p=,,none&g=[1]&g=[&theme=<b>", "#%", "#n=NaN&n=1"];
     console.log(JSON.stringify({
       same: fromHash("#" + toHash(state, start), start, model), state,
+      file: {
+        ...initialState(start), theme: "dark",
+        ...fromFile(JSON.stringify(toFile(state)), start, model),
+      },
+      refused: ["", "[]", '{"pinnedIds": 3}'].map((text) => fromFile(text, start, model)),
       empty: toHash(initialState(start), start),
       broken: broken.map((hash) => fromHash(hash, start, model)), initial: initialState(start),
     }));
     """
     out = run_node(script, {"data": data, "ids": ids})
-    assert out["same"] == out["state"]
+    assert out["same"] == out["file"] == out["state"]
+    assert out["refused"] == [None] * 3
     assert out["empty"] == ""
     assert all(state == out["initial"] for state in out["broken"])
 

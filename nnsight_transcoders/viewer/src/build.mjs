@@ -1,8 +1,8 @@
-// Builds ../assets/viewer.js and ../assets/viewer.css from the sources in this folder.
+// Builds ../assets/viewer.js, dashboard.js and viewer.css from the sources in this folder.
 //
 //     npm ci && npm run build          (--outdir=DIR writes elsewhere, for the test that compares)
 //
-// The first line of the script names a digest of the sources, so that a test can tell without node
+// The first line of each script names a digest of the sources, so that a test can tell without node
 // that the built file belongs to them.
 import { createHash } from "node:crypto";
 import { mkdirSync, readFileSync, readdirSync, writeFileSync } from "node:fs";
@@ -25,7 +25,7 @@ function digest() {
 
 function licences() {
   const lock = JSON.parse(readFileSync(join(here, "package-lock.json"), "utf8"));
-  const parts = ["The libraries in viewer.js and their licences.\n"];
+  const parts = ["The libraries in viewer.js and dashboard.js and their licences.\n"];
   for (const [path, entry] of Object.entries(lock.packages)) {
     if (!path || entry.dev) continue;
     const name = path.replace(/^node_modules\//, "");
@@ -39,8 +39,8 @@ mkdirSync(outdir, { recursive: true });
 const shared = { absWorkingDir: here, bundle: true, minify: true, logLevel: "warning" };
 await build({
   ...shared,
-  entryPoints: ["main.js"],
-  outfile: join(outdir, "viewer.js"),
+  entryPoints: { viewer: "main.js", dashboard: "dashboard.js" },
+  outdir,
   format: "iife",
   target: "es2020",
   charset: "ascii",

@@ -56,8 +56,3 @@ export function placeUnits(model, units, width, rowHeight) {
   });
   return { places, height: rows.length * rowHeight };
 }
-
-/** What the download holds; the names are those of Neuronpedia's graph links. */
-export function exportPins({ pinned, groups }) {
-  return { pinnedIds: pinned, supernodes: groups.map(({ name, ids }) => [name, ...ids]) };
-}

@@ -8,13 +8,13 @@ import { nodePanel } from "./panel.js";
 import { pinsPanel } from "./pins.js";
 import { makeSearch } from "./search.js";
 import { makeStage } from "./stage.js";
-import { fromHash, keepInAddress, makeStore, togglePin } from "./state.js";
+import { fromFile, fromHash, keepInAddress, makeStore, pinsOfGraph, toFile, togglePin } from "./state.js";
 import { nodeLine, number, tokenText } from "./text.js";
 import { defaultThresholds, makeView } from "./view.js";
 
 const model = readModel(JSON.parse(byId("graph-data").textContent));
-const thresholds = defaultThresholds(model.raw);
-const store = makeStore(fromHash(location.hash, thresholds, model));
+const start = { ...defaultThresholds(model.raw), ...pinsOfGraph(model) };
+const store = makeStore(fromHash(location.hash, start, model));
 let view = makeView(model, store.get().node, store.get().edge);
 let hovered = null;
 let hits = [];
@@ -64,6 +64,12 @@ const actions = {
   hover,
   pin: (i) => togglePin(store, model.id[i]),
   thresholds: (changes) => store.update(changes),
+  saved: () => toFile(store.get()),
+  open: (text) => {
+    const read = fromFile(text, store.get(), model);
+    if (read) store.update(read);
+    return read !== null;
+  },
   hits: (found) => {
     hits = found;
     paint();
@@ -157,7 +163,7 @@ store.subscribe((state, before) => {
   if (changed("node", "edge", "selected", "pinned", "groups", "tab")) renderPanel();
   if (changed("node", "edge", "selected", "pinned")) paint();
 });
-keepInAddress(store, thresholds, model);
+keepInAddress(store, start, model);
 
 stage.show(view);
 controls(store.get(), view);

@@ -39,6 +39,7 @@ export function readModel(raw) {
   model.details = Array.from(nodes.kind, (kind, i) =>
     kind === "feature" ? ownEntry(raw.feature_details, `${nodes.layer[i]}_${nodes.index[i]}`) : null,
   );
+  model.nodeLabel = nodes.id.map((id) => ownEntry(raw.labels, id));
   return model;
 }
 

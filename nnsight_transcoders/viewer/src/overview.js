@@ -1,6 +1,7 @@
 // The panel when nothing is selected: the prompt, the predictions, the scores, the record.
 import { el } from "./dom.js";
-import { factList, nodeButton } from "./panel.js";
+import { factList } from "./facts.js";
+import { nodeButton } from "./panel.js";
 import { number, percent, tokenText } from "./text.js";
 
 const FEATURES = 12;

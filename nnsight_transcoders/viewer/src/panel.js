@@ -1,6 +1,7 @@
 // The panel of the selected node: facts, balance, inputs and outputs.
 import { featureDetails } from "./details.js";
 import { el, mark } from "./dom.js";
+import { factList } from "./facts.js";
 import { nodeMeaning, nodeName, nodePlace, number, percent, signed, tokenText } from "./text.js";
 import { links } from "./view.js";
 
@@ -39,17 +40,6 @@ function heading(model, i) {
 }
 
 const VALUE_NAME = { feature: "activation", error: "norm", token: "norm", logit: "logit" };
-
-/** Name and value pairs. */
-export function factList(pairs) {
-  return el(
-    "dl",
-    { class: "facts" },
-    pairs.filter(Boolean).map(([name, value, hint]) =>
-      el("div", { title: hint }, el("dt", {}, name), el("dd", {}, value)),
-    ),
-  );
-}
 
 function facts(model, view, i) {
   const kind = model.kind[i];

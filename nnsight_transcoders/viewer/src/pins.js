@@ -1,6 +1,6 @@
 // The panel of pinned nodes: the list, groups of them (supernodes), and the graph between groups.
 import { el, svg } from "./dom.js";
-import { exportPins, makeUnits, placeUnits, unitEdges } from "./groups.js";
+import { makeUnits, placeUnits, unitEdges } from "./groups.js";
 import { nodeButton } from "./panel.js";
 import { togglePin } from "./state.js";
 import { cut, nodeMeaning, nodeName, signed } from "./text.js";
@@ -16,7 +16,8 @@ export function pinsPanel(model, view, store, actions) {
   if (!state.pinned.length) {
     return [
       el("h2", {}, "Pinned"),
-      el("p", { class: "quiet" }, "Select a node and press Pin (or the key p). Pinned nodes stay ringed in the graph; here they can be put into named groups."),
+      el("p", { class: "quiet" }, "Select a node and press Pin (or the key p). Pinned nodes stay ringed in the graph; here they can be put into named groups (supernodes)."),
+      fileButtons(actions),
     ];
   }
   const units = makeUnits(model, state);
@@ -25,7 +26,7 @@ export function pinsPanel(model, view, store, actions) {
     units.length > 1 ? diagram(model, view, units, actions) : null,
     ...state.groups.map((group, at) => groupBlock(model, store, group, at, actions)),
     looseBlock(model, store, actions),
-    el("button", { type: "button", class: "plain", onclick: () => download(store.get()) }, "Download as JSON"),
+    fileButtons(actions),
   ];
 }
 
@@ -35,14 +36,13 @@ function looseBlock(model, store, actions) {
   const grouped = new Set(groups.flatMap((group) => group.ids));
   const loose = pinned.filter((id) => !grouped.has(id));
   if (!loose.length) return null;
-  const name = el("input", { type: "text", placeholder: "Name of the group", "aria-label": "Name of the new group", maxlength: 60 });
+  const name = el("input", { type: "text", placeholder: "Name of a new group or one above", "aria-label": "Name of the new group", maxlength: 60 });
   const rows = el("ul", { class: "links" }, loose.map((id) => pinRow(model, store, id, actions, true)));
   const submit = (event) => {
     event.preventDefault();
     const ids = [...rows.querySelectorAll("input:checked")].map((box) => box.value);
     if (!ids.length) return;
-    const text = name.value.trim() || `Group ${groups.length + 1}`;
-    store.update({ groups: [...groups, { name: text, ids }] });
+    store.update({ groups: withGroup(groups, name.value.trim() || `Group ${groups.length + 1}`, ids) });
   };
   return el(
     "form",
@@ -143,9 +143,34 @@ function unitBox(unit, name, place, actions) {
   );
 }
 
-function download(state) {
-  const text = JSON.stringify(exportPins(state), null, 1);
+/** The groups with some nodes in the group of a name, which may be there already. */
+function withGroup(groups, name, ids) {
+  const there = groups.some((group) => group.name === name);
+  if (!there) return [...groups, { name, ids }];
+  return groups.map((group) => (group.name === name ? { name, ids: [...group.ids, ...ids] } : group));
+}
+
+/** Saves the state as a file and reads it back. */
+function fileButtons(actions) {
+  const refused = el("p", { class: "warn", role: "alert" }, "This file holds no saved state.");
+  refused.hidden = true;
+  const input = el("input", { type: "file", id: "open-file", accept: ".json,application/json" });
+  input.hidden = true;
+  input.addEventListener("change", async () => {
+    const [file] = input.files;
+    if (file) refused.hidden = actions.open(await file.text());
+  });
+  const button = (id, text, onclick) => el("button", { type: "button", class: "plain", id, onclick }, text);
+  const buttons = [
+    button("save-state", "Save as JSON", () => download(actions.saved())),
+    button("open-state", "Open JSON", () => input.click()),
+  ];
+  return el("div", { class: "files" }, buttons, input, refused);
+}
+
+function download(saved) {
+  const text = JSON.stringify(saved, null, 1);
   const address = URL.createObjectURL(new Blob([text], { type: "application/json" }));
-  el("a", { href: address, download: "pinned.json" }).click();
+  el("a", { href: address, download: "circuit-state.json" }).click();
   setTimeout(() => URL.revokeObjectURL(address), 1000);
 }

@@ -8,7 +8,7 @@ const MOST_LISTED = 12;
 export function searchTexts(model) {
   return model.id.map((id, i) => {
     const place = model.tokens[model.position[i]] ?? "";
-    const meaning = model.details[i]?.label ?? "";
+    const meaning = nodeMeaning(model, i);
     return `${model.kind[i]} ${model.label[i]} ${meaning} ${place} ${id}`.toLowerCase();
   });
 }

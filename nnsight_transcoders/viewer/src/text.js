@@ -3,14 +3,17 @@
 // Control and direction characters, which could hide or reorder what stands beside them.
 const INVISIBLE = /[\u0000-\u001f\u007f-\u009f\u00ad\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]/g;
 
-/** A token so that its spaces and line ends can be seen. */
-export function tokenText(token, limit = Infinity) {
-  const seen = String(token)
+/** A token as part of a running text: only what cannot be seen is made visible. */
+export function runningText(token) {
+  return String(token)
     .replace(/\n/g, "\u21b5")
     .replace(/\t/g, "\u21e5")
-    .replace(/^ +| +$/g, (spaces) => "\u00b7".repeat(spaces.length))
     .replace(INVISIBLE, (c) => `\\u${c.charCodeAt(0).toString(16).padStart(4, "0")}`);
-  return cut(seen, limit);
+}
+
+/** A token by itself, so that its spaces can be seen too. */
+export function tokenText(token, limit = Infinity) {
+  return cut(runningText(token).replace(/^ +| +$/g, (spaces) => "\u00b7".repeat(spaces.length)), limit);
 }
 
 /** Text of at most so many characters. */
@@ -50,9 +53,9 @@ export function nodeName(model, i) {
   return tokenText(model.tokens[model.position[i]] ?? "?", 24);
 }
 
-/** What a feature is said to mean, if someone said so. */
+/** What a node is said to mean, if someone said so: in this graph, or of the feature. */
 export function nodeMeaning(model, i) {
-  const label = model.details[i]?.label;
+  const label = model.nodeLabel[i] ?? model.details[i]?.label;
   return typeof label === "string" && label ? tokenText(label, 200) : "";
 }
 

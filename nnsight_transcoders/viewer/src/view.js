@@ -1,6 +1,6 @@
 // What is shown for the current thresholds. No document: a test runs this file under node.
 import { adjacency } from "./model.js";
-import { graphScores, keepEdges, pruneMasks } from "./prune.js";
+import { graphScores, keepEdges, largest, pruneMasks } from "./prune.js";
 
 /** Edges drawn faintly when nothing is selected. */
 const BACKGROUND_EDGES = 250;
@@ -49,9 +49,10 @@ function omitted(model, edges) {
 }
 
 function strongest(scores) {
-  const order = Uint32Array.from(scores, (_, e) => e);
-  order.sort((a, b) => scores[b] - scores[a] || a - b);
-  return order.subarray(0, BACKGROUND_EDGES);
+  const mask = largest(scores, Float64Array.from(scores).sort(), BACKGROUND_EDGES);
+  const edges = [];
+  for (let e = 0; e < mask.length; e++) if (mask[e]) edges.push(e);
+  return edges.sort((a, b) => scores[b] - scores[a] || a - b);
 }
 
 /** Edges at a node, largest weight first: [{edge, node, weight}], node being the other end. */

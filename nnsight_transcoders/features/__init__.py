@@ -1,0 +1,1 @@
+"""What features respond to on a text: statistics, examples, labels, dashboards."""
