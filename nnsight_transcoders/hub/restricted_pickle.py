@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import pickle
 import pickletools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from io import BytesIO
 from typing import IO, Any, NamedTuple
 
@@ -122,15 +122,23 @@ class _Function:
         return self._call(*arguments)
 
 
-def load_restricted(file: IO[bytes], where: str) -> Any:
+def load_restricted(
+    file: IO[bytes], where: str, stand_ins: Mapping[tuple[str, str], type] | None = None
+) -> Any:
     """Read one pickle from where the file stands, and leave the file behind it.
+
+    Args:
+        file: A seekable file.
+        where: What to call it in messages.
+        stand_ins: (module, name) of further classes a file may have objects of -> what stands for
+            them: a subclass of ``Record``, or a named tuple. Each file gets subclasses of its own.
 
     Raises:
         CheckpointError: It names something that is not allowed, is damaged, or too long.
     """
     data = _one_pickle(file, where)
     try:
-        return _Unpickler(BytesIO(data), where).load()
+        return _Unpickler(BytesIO(data), where, stand_ins or {}).load()
     except _ERRORS as error:
         raise CheckpointError(f"{where}: the pickle in it cannot be read ({error})") from error
 
@@ -182,14 +190,19 @@ def _scan(head: bytes, where: str) -> int:
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: IO[bytes], where: str) -> None:
+    def __init__(
+        self, file: IO[bytes], where: str, stand_ins: Mapping[tuple[str, str], type]
+    ) -> None:
         super().__init__(file, encoding="utf-8")
-        self._where = where
+        self._where, self._stand_ins = where, stand_ins
 
     def find_class(self, module_name: str, global_name: str, /) -> Any:
         """The stand-in for a name; the unpickler asks here for every class and function."""
         if module_name == _RECORDS or module_name.startswith(f"{_RECORDS}."):
             return type(global_name, (Record,), {})
+        if (module_name, global_name) in self._stand_ins:
+            base = self._stand_ins[module_name, global_name]
+            return type(global_name, (base,), {"__slots__": ()} if issubclass(base, tuple) else {})
         if (module_name, global_name) == ("collections", "OrderedDict"):
             return type(global_name, (_Mapping,), {"__slots__": ()})
         if module_name == "torch" and global_name in _STORAGES:

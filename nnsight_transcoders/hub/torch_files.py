@@ -9,7 +9,7 @@ storages' keys), then for each storage a count and the numbers. Either way the p
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from io import BytesIO
 from typing import IO, Any
@@ -36,13 +36,14 @@ ReadStorage = Callable[[StorageRef], bytearray]
 
 @contextmanager
 def open_torch_file(
-    file: IO[bytes], where: str
+    file: IO[bytes], where: str, stand_ins: Mapping[tuple[str, str], type] | None = None
 ) -> Iterator[tuple[Any, Callable[[TensorRecord], Tensor]]]:
     """What a torch file holds, with records for tensors, and a function that reads such a record.
 
     Args:
         file: A seekable file.
         where: What to call it in messages.
+        stand_ins: See ``load_restricted``.
 
     Raises:
         CheckpointError: Not a torch file, a damaged one, or one that asks for more than weights.
@@ -51,14 +52,16 @@ def open_torch_file(
     file.seek(0)
     if start == _ZIP:
         with open_archive(file, where, stored=True) as archive:
-            content, read = _open_zip(archive, where)
+            content, read = _open_zip(archive, where, stand_ins)
             yield content, lambda record: _tensor(record, read, where)
     else:
         content, read = _open_legacy(file, where)
         yield content, lambda record: _tensor(record, read, where)
 
 
-def _open_zip(archive: Archive, where: str) -> tuple[Any, ReadStorage]:
+def _open_zip(
+    archive: Archive, where: str, stand_ins: Mapping[tuple[str, str], type] | None
+) -> tuple[Any, ReadStorage]:
     pickles = [name for name in archive.entries if name.split("/")[1:] == ["data.pkl"]]
     if len(pickles) != 1:
         raise CheckpointError(f"{where} is a zip, but no torch file: it has no {{name}}/data.pkl")
@@ -73,7 +76,7 @@ def _open_zip(archive: Archive, where: str) -> tuple[Any, ReadStorage]:
             raise CheckpointError(f"{where} has no storage {storage.key} of {size} bytes in it")
         return archive.read(name)
 
-    return load_restricted(BytesIO(archive.read(pickles[0])), where), read
+    return load_restricted(BytesIO(archive.read(pickles[0])), where, stand_ins), read
 
 
 def _open_legacy(file: IO[bytes], where: str) -> tuple[Any, ReadStorage]:
