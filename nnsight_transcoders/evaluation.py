@@ -28,10 +28,12 @@ from .attachment import attached
 from .builtin import builtin_model_path
 from .circuits.collect import token_ids_of
 from .errors import InputError
-from .fit_sums import FitSums
+from .fit_sums import FitSums, FitTotals
 from .hypotheses import NONE_FITS, explain, rank_hypotheses
 from .joint_fit import joint_fit
 from .models import hf_module
+from .remote.server import Remote, RemoteServer, remote_server
+from .remote_fit import RemoteMeasurement
 from .sets import TranscoderSet
 from .site_values import read_sites
 from .sites import Sites, resolve_sites
@@ -111,6 +113,7 @@ def verify(
     text: str | Sequence[str | Sequence[int] | Tensor] | None = None,
     *,
     sites: Sites | None = None,
+    remote: Remote | None = None,
     verbose: bool = False,
 ) -> FitReport:
     """Measure how well a set fits a model, on a short text.
@@ -121,21 +124,51 @@ def verify(
         text: One or several texts, or token ids; each is cut to 128 tokens. Default: a few English
             sentences (for the builtin model: its own).
         sites: The model's sites, where they have to be given by hand.
+        remote: Run the model on a server: True, an address, or a ``RemoteServer``. The set stays
+            here (a small one travels); the model's weights need not be here.
         verbose: Show progress.
 
     Raises:
         MismatchError: The set does not fit the model's shape.
         InputError: No text with at least two tokens.
+        RemoteError: The server, or a job there, failed.
     """
-    module = hf_module(model)
+    server = remote_server(remote)
+    module = hf_module(model, weights=server is None)
     sites = sites or resolve_sites(module)
     transcoders.check_model(sites.d_model, sites.n_layers, type(module).__name__)
     batches = _batches(model, sites, _default_text(module) if text is None else text)
     together = transcoders.cross_layer or _is_joint(transcoders)
     singles = [] if together else list(transcoders.layers)
+    n_predicted = sum(ids[:, 1:].numel() for ids in batches)
+    if server is None:
+        found = _measured(model, transcoders, batches, sites, singles, verbose)
+    else:
+        measurement = RemoteMeasurement(model, transcoders, sites, server, singles)
+        found = measurement.measure(batches, verbose)
+    sums, ce, ce_replaced = found.sums, found.ce, found.ce_replaced
+    changes: dict[int, float | None] = dict.fromkeys(transcoders.layers)
+    for layer, single in found.ce_single.items():
+        changes[layer] = (single - ce) / n_predicted
+    fits = [_fit(layer, sums[layer], changes[layer]) for layer in transcoders.layers]
+    fits = _explained(model, transcoders, fits, batches, sites, server)
+    n_tokens = int(sums[transcoders.layers[0]].n)
+    return FitReport(n_tokens, ce / n_predicted, ce_replaced / n_predicted, tuple(fits))
+
+
+def _measured(
+    model: Any,
+    transcoders: TranscoderSet,
+    batches: Sequence[Tensor],
+    sites: Sites,
+    singles: Sequence[int],
+    verbose: bool,
+) -> FitTotals:
+    """What ``RemoteMeasurement`` gives, of a model that is here: by attaching the set."""
+    single: dict[int, float] = {}
     passes = tqdm(total=3 + len(singles), desc="verify", disable=not verbose, leave=False)
     with passes:
-        ce, n_predicted = _cross_entropy(model, batches)
+        ce = _cross_entropy(model, batches)
         passes.update()
         if _is_joint(transcoders):
             sums, ce_replaced = joint_fit(model, transcoders, batches, sites)
@@ -143,17 +176,13 @@ def verify(
             sums = _fit_sums(model, transcoders, batches, sites)
             passes.update()
             with attached(model, transcoders, sites=sites) as replaced:
-                ce_replaced, _ = _cross_entropy(replaced, batches)
+                ce_replaced = _cross_entropy(replaced, batches)
         passes.update()
-        changes: dict[int, float | None] = dict.fromkeys(transcoders.layers)
         for layer in singles:
             with attached(model, transcoders, [layer], sites=sites) as replaced:
-                changes[layer] = (_cross_entropy(replaced, batches)[0] - ce) / n_predicted
+                single[layer] = _cross_entropy(replaced, batches)
             passes.update()
-    fits = [_fit(layer, sums[layer], changes[layer]) for layer in transcoders.layers]
-    fits = _explained(model, transcoders, fits, batches, sites)
-    n_tokens = int(sums[transcoders.layers[0]].n)
-    return FitReport(n_tokens, ce / n_predicted, ce_replaced / n_predicted, tuple(fits))
+    return FitTotals(sums, ce, ce_replaced, single)
 
 
 def _default_text(module: Any) -> Sequence[str]:
@@ -200,6 +229,7 @@ def _explained(
     fits: Sequence[LayerFit],
     batches: Sequence[Tensor],
     sites: Sites,
+    server: RemoteServer | None,
 ) -> list[LayerFit]:
     """The same with the hypotheses of the layers that do not fit well."""
     poor = {fit.layer: fit for fit in fits if fit.verdict != "fits"}
@@ -210,7 +240,7 @@ def _explained(
         leading = {layer: transcoders.config(layer).leading_positions for layer in group}
         if together:  # all parts on the same positions
             leading = dict.fromkeys(group, max(leading.values()))
-        values = read_sites(model, sites, leading, batches)
+        values = read_sites(model, sites, leading, batches, server)
         modules = {layer: transcoders[layer] for layer in group}
         for layer, ranked in rank_hypotheses(modules, values, FITS_BELOW).items():
             if layer in poor:
@@ -252,9 +282,9 @@ def _observe(watched: Any, layers: Sequence[int], ids: Tensor) -> list[tuple]:
     return values
 
 
-def _cross_entropy(model: Any, batches: Sequence[Tensor]) -> tuple[float, int]:
-    """Sum of the next-token cross-entropies in nats, and their number."""
-    total, count = 0.0, 0
+def _cross_entropy(model: Any, batches: Sequence[Tensor]) -> float:
+    """Sum of the next-token cross-entropies in nats."""
+    total = 0.0
     for ids in batches:
         with torch.no_grad():
             with model.trace(ids):
@@ -262,5 +292,4 @@ def _cross_entropy(model: Any, batches: Sequence[Tensor]) -> tuple[float, int]:
         predicted, actual = logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten()
         actual = actual.to(predicted.device)
         total += float(F.cross_entropy(predicted, actual, reduction="sum"))
-        count += len(actual)
-    return total, count
+    return total

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -48,3 +50,20 @@ class FitSums:
                 "that no FVU is defined: give a longer text"
             )
         return self.error / variance
+
+
+@dataclass
+class FitTotals:
+    """What ``verify`` measures of a set, summed over a text.
+
+    Attributes:
+        sums: Layer -> its running sums.
+        ce: Cross-entropies of the model, in nats.
+        ce_replaced: The same with all layers replaced.
+        ce_single: Layer -> the same with that layer alone replaced.
+    """
+
+    sums: dict[int, FitSums]
+    ce: float
+    ce_replaced: float
+    ce_single: dict[int, float]

@@ -92,7 +92,7 @@ def single_readings(modules: Modules, values: Mapping[int, SiteValues]) -> list[
     """All readings that change one thing without a scale, the likeliest first."""
     layer, module = next(iter(modules.items()))
     config, here = module.config, values[layer]
-    x, y = here.inputs[config.input_site], here.outputs[config.output_site]
+    x, y = here.at(config.input_site), here.outputs[config.output_site]
     inputs: list[InputSite] = [s for s, v in here.inputs.items() if not torch.equal(v, x)]
     outputs: list[OutputSite] = [s for s, v in here.outputs.items() if not torch.equal(v, y)]
     found = [Reading(input_site=site) for site in inputs]

@@ -9,8 +9,13 @@ from torch import nn
 from .errors import InputError
 
 
-def hf_module(model: Any) -> nn.Module:
+def hf_module(model: Any, *, weights: bool = True) -> nn.Module:
     """The Hugging Face module inside an nnsight model, loaded and in evaluation mode.
+
+    Args:
+        model: An nnsight model.
+        weights: Load the weights of a model that has none yet. Its module tree, which is all that
+            a remote model needs, is there without them.
 
     Raises:
         InputError: Not an nnsight model, or one in training mode (dropout would be on).
@@ -21,12 +26,18 @@ def hf_module(model: Any) -> nn.Module:
             f"expected an nnsight model (TransformersModel, LanguageModel, NNsight), got "
             f"{type(model).__name__}: wrap it, e.g. nnsight.NNsight(module)"
         )
-    if any(parameter.is_meta for parameter in module.parameters()):
+    if weights and not has_weights(module):
         dispatch = getattr(model, "dispatch", None)
         if dispatch is None:
             raise InputError("the model has no weights (meta device): load it with dispatch=True")
         dispatch()
         module = model._module
-    if module.training:
+    # Built from a config alone, a module is in training mode; on a server it is not.
+    if module.training and has_weights(module):
         raise InputError("the model is in training mode, where dropout is on: call .eval() first")
     return module
+
+
+def has_weights(module: nn.Module) -> bool:
+    """Whether a module's weights are here, and not on the meta device."""
+    return not any(parameter.is_meta for parameter in module.parameters())

@@ -37,6 +37,10 @@ class SiteValues:
     gain: Tensor | None
     first: Tensor
 
+    def at(self, site: InputSite) -> Tensor:
+        """The values at a site that is read: an output site, if it is an autoencoder's."""
+        return self.inputs[site] if site in self.inputs else self.outputs[site]  # type: ignore[index]
+
     def every(self, step: int) -> SiteValues:
         """Every ``step``-th position."""
         return SiteValues(
@@ -128,7 +132,7 @@ def measure(made: Tensor, wanted: Tensor, reading: Reading) -> tuple[Reading, fl
 
 
 def _input(module: Transcoder | CrossLayerPart, here: SiteValues, reading: Reading) -> Tensor:
-    x = here.inputs[reading.input_site or module.config.input_site]
+    x = here.at(reading.input_site or module.config.input_site)
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     if reading.gain and here.gain is not None:
         x = x * here.gain.to(x) ** reading.gain

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import nnsight
 import torch
 from torch import Tensor
 
@@ -16,16 +15,23 @@ from .errors import SiteError
 from .models import hf_module
 from .norms import NormSpec, probed_spec
 from .readings import SiteValues
+from .remote.server import RemoteServer
+from .site_stream import Where, remote_norm, stream_site_values
 from .sites import Sites
 from .transcoder import InputSite, OutputSite
 
 #: At most so many positions are kept: enough to tell hypotheses apart.
 MAX_POSITIONS = 256
-_NAMES = ("R", "N1", "O", "O'")
+_INPUTS: tuple[InputSite, ...] = ("R", "N1")
+_OUTPUTS: tuple[OutputSite, ...] = ("O", "O'")
 
 
 def read_sites(
-    model: Any, sites: Sites, leading: Mapping[int, int], batches: Sequence[Tensor]
+    model: Any,
+    sites: Sites,
+    leading: Mapping[int, int],
+    batches: Sequence[Tensor],
+    server: RemoteServer | None = None,
 ) -> dict[int, SiteValues]:
     """Read the sites of some layers.
 
@@ -34,24 +40,36 @@ def read_sites(
         sites: Its sites.
         leading: Layer -> how many leading positions are left out.
         batches: Token ids ``(n, T)``.
+        server: Where the model is, if not here.
     """
-    parts: dict[int, dict[str, list[Tensor]]] = {
-        layer: {name: [] for name in (*_NAMES, "first")} for layer in leading
-    }
-    for ids in _first_positions(batches):
-        with torch.no_grad():
-            values = _trace(model, sites, list(leading), ids)
-        for (layer, start), read in zip(leading.items(), values, strict=True):
-            for name, value in zip(_NAMES, read, strict=True):
-                kept = value.reshape(*ids.shape, -1)[:, start:]
-                parts[layer][name].append(kept.flatten(0, 1))
-            first = torch.zeros(ids.shape, dtype=torch.bool)
-            first[:, 0] = True
-            parts[layer]["first"].append(first[:, start:].flatten())
-    return {
-        layer: _site_values(model, sites, layer, {k: torch.cat(v) for k, v in named.items()})
-        for layer, named in parts.items()
-    }
+    norms = {layer: _norm(model, sites, layer, server) for layer in leading}
+    wanted: list[Where] = [(layer, name) for layer in leading for name in (*_INPUTS, *_OUTPUTS)]
+    kept = list(_first_positions(batches))
+    read: dict[Where, list[Tensor]] = {where: [] for where in wanted}
+    stream = stream_site_values(model, wanted, kept, sites=sites, remote=server)
+    for values in stream:
+        for where, value in values.items():
+            read[where].append(value[:, leading[where[0]] :].flatten(0, 1))
+    found = {}
+    for layer, start in leading.items():
+        first = [_first(ids)[:, start:].flatten() for ids in kept]
+        inputs: dict[InputSite, Tensor] = {name: torch.cat(read[layer, name]) for name in _INPUTS}
+        outputs: dict[OutputSite, Tensor] = {
+            name: torch.cat(read[layer, name]) for name in _OUTPUTS
+        }
+        norm = norms[layer]
+        if norm is not None:
+            wide = inputs["R"].to(torch.promote_types(inputs["R"].dtype, torch.float32))
+            inputs["N0"] = norm.normalise(wide)
+        gain = None if norm is None else norm.gain
+        found[layer] = SiteValues(inputs, outputs, gain, torch.cat(first))
+    return found
+
+
+def _first(ids: Tensor) -> Tensor:
+    first = torch.zeros(ids.shape, dtype=torch.bool)
+    first[:, 0] = True
+    return first
 
 
 def _first_positions(batches: Sequence[Tensor]) -> Iterator[Tensor]:
@@ -63,42 +81,13 @@ def _first_positions(batches: Sequence[Tensor]) -> Iterator[Tensor]:
         left -= n * ids.shape[1]
 
 
-def _site_values(model: Any, sites: Sites, layer: int, read: Mapping[str, Tensor]) -> SiteValues:
-    inputs: dict[InputSite, Tensor] = {"R": read["R"], "N1": read["N1"]}
-    outputs: dict[OutputSite, Tensor] = {"O": read["O"], "O'": read["O'"]}
-    norm = _norm(model, sites, layer)
-    if norm is not None:
-        wide = read["R"].to(torch.promote_types(read["R"].dtype, torch.float32))
-        inputs["N0"] = norm.normalise(wide)
-    return SiteValues(inputs, outputs, None if norm is None else norm.gain, read["first"])
-
-
-def _norm(model: Any, sites: Sites, layer: int) -> NormSpec | None:
+def _norm(model: Any, sites: Sites, layer: int, server: RemoteServer | None) -> NormSpec | None:
     path = sites.layers[layer].mlp_norm
     if path is None:
         return None
     try:
+        if server is not None:
+            return remote_norm(model, sites, layer, server)
         return probed_spec(hf_module(model), path, sites.d_model)
     except SiteError:  # no norm that has a site N0
         return None
-
-
-def _trace(model: Any, sites: Sites, layers: list[int], ids: Tensor) -> list[tuple[Tensor, ...]]:
-    # One function, read by nnsight as source: the block below runs inside the forward pass.
-    with model.trace(ids):
-        values: list[tuple[Tensor, ...]] = nnsight.save([])
-        for layer in layers:
-            here = sites.layers[layer]
-            resid = None
-            if sites.parallel:
-                resid = model.get(here.block).input.clone()
-            elif here.mlp_norm is not None:
-                resid = model.get(here.mlp_norm).input.clone()
-            mlp_in = model.get(here.mlp_in).input.clone()
-            mlp_out = model.get(here.mlp_out).output
-            mlp_out = (mlp_out[0] if isinstance(mlp_out, tuple) else mlp_out).clone()
-            post = mlp_out
-            if here.mlp_post_norm is not None:
-                post = model.get(here.mlp_post_norm).output.clone()
-            values.append((mlp_in if resid is None else resid, mlp_in, mlp_out, post))
-    return values

@@ -1,0 +1,1 @@
+"""Remote models: what travels to an NDIF server, what comes back, and what to do when it fails."""

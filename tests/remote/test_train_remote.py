@@ -1,0 +1,59 @@
+"""Training on the activations of a model that runs on a server: the same weights as at home."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import nnsight
+import pytest
+import torch
+import transformers
+
+from nnsight_transcoders import attach, builtin_model_path, train
+from nnsight_transcoders.errors import ConfigError, InputError
+
+SETTINGS: dict[str, Any] = {
+    "layers": [1, 2],
+    "d_transcoder": 64,
+    "k": 8,
+    "n_tokens": 1600,
+    "batch_size": 200,
+    "buffer_size": 800,
+    "lr": 0.01,
+    "rows_per_forward": 4,
+}
+
+
+@pytest.mark.parametrize("input_site", ["N1", "N0", "O"])
+def test_the_weights_are_those_of_a_model_that_is_here(server: Any, input_site: str) -> None:
+    path, task = builtin_model_path(), "text-generation"
+    here = nnsight.TransformersModel(path, task=task, dispatch=True)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    there = nnsight.TransformersModel(path, task=task, tokenizer=tokenizer)
+    settings = SETTINGS | {"input_site": input_site}
+    found = train(there, "builtin", settings, remote=server.url, verbose=False)
+    assert next(there._module.parameters()).is_meta  # the model's weights stayed where they are
+    expected = train(here, "builtin", settings, verbose=False)
+    for layer in (1, 2):
+        for name, weight in expected[layer].state_dict().items():
+            torch.testing.assert_close(
+                found[layer].state_dict()[name], weight, rtol=1e-4, atol=1e-5
+            )
+
+
+def test_end_to_end_needs_the_model_here(server: Any) -> None:
+    model = nnsight.TransformersModel(builtin_model_path(), task="text-generation", dispatch=True)
+    start = train(model, "builtin", SETTINGS, verbose=False)
+    with pytest.raises(ConfigError, match="objective 'kl' needs a model that is here"):
+        further = SETTINGS | {"objective": "kl"}
+        train(model, "builtin", further, start=start, remote=server.url, verbose=False)
+
+
+def test_an_autoencoder_is_not_attached_to_a_remote_run() -> None:
+    """It would silently read the MLP's input there."""
+    model = nnsight.TransformersModel(builtin_model_path(), task="text-generation", dispatch=True)
+    settings = SETTINGS | {"input_site": "O", "n_tokens": 200, "layers": [1]}
+    replaced = attach(model, train(model, "builtin", settings, verbose=False))
+    with pytest.raises(InputError, match="layer 1's is a sparse autoencoder, which cannot be att"):
+        with replaced.trace("The war", remote="local"):
+            replaced.transcoders[1].features.output.save()
