@@ -8,13 +8,13 @@ floating-point operations take at the rate of a plain large ``torch.matmul``, me
 Times are processor times of one thread (``--threads`` for more, on an idle machine), so that other
 load on the machine hardly counts.
 
-The least operations: a target at layer l and position t crosses the attention of layers l, ..., 0
-(sequential blocks). At the first it stands at one position only; below, at t + 1:
+The least operations that we know (docs/scaling.md): a target at layer l and position t, with
+s = t + 1 positions up to its own, crosses the attention of layers l, ..., 0 (sequential blocks).
 
-    W_O      2 D HE          per position
-    pattern  2 HE            per (destination, source) pair, source <= destination
-    W_V      2 KE D          per position
-    sources  2 D             per source at a lower layer and no later position
+    layer l        4 D HE + 2 s H D             it stands at one position: one product per head
+    l - 1, ..., 1  2 s D (HE + KE) + s^2 HE     output and value maps, the pattern's lower half
+    layer 0        s^2 D                        the tokens are taken through it once for all
+    sources        2 D                          each at a lower layer and no later position
 """
 
 from __future__ import annotations
@@ -152,17 +152,21 @@ def least_operations(case: Case) -> float:
     width_o, width_v = attention.W_O.shape[1], attention.W_V.shape[0]
     d_model = attention.W_O.shape[0]
     candidates = case.candidates
+    n_heads = attention.pattern.shape[0]
     layer = torch.cat([candidates.layer, candidates.logit_targets().layer - 1]).double()
     reach = torch.cat([candidates.positions, candidates.logit_targets().position]).double() + 1
-    first = 2 * d_model * width_o + reach * 2 * width_o + reach * 2 * width_v * d_model
     pairs = reach * (reach + 1) / 2
+    first = 4 * d_model * width_o + 2 * reach * n_heads * d_model
     full = reach * 2 * d_model * (width_o + width_v) + pairs * 2 * width_o
+    tokens = torch.minimum(pairs * 2 * d_model, full + reach * 2 * d_model)
+    above = first + (layer - 1) * full + tokens
+    crossings = torch.where(layer > 0, above, reach * 2 * d_model)
     sources_below = 0.0
     for n, (at, until) in enumerate(zip(layer.tolist(), reach.tolist(), strict=True)):
         own = at if n < candidates.n_features else at + 1
         below = (candidates.layer < own) & (candidates.positions < until)
-        sources_below += float(below.sum()) + own * until + until
-    return float((first + layer * full).sum() + 2 * d_model * sources_below)
+        sources_below += float(below.sum()) + own * until
+    return float(crossings.sum() + 2 * d_model * sources_below)
 
 
 def matmul_share(case: Case) -> float:

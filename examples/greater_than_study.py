@@ -22,8 +22,8 @@ from nnsight_transcoders import (
     attribute,
     resolve_sites,
 )
-from nnsight_transcoders.circuits.freeze import linear_weight
 from nnsight_transcoders.circuits.graph import FEATURE, LOGIT
+from nnsight_transcoders.circuits.model_weights import linear_weight
 from nnsight_transcoders.errors import InputError
 
 AIM = 0.9

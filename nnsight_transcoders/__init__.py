@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .circuits.blind import BlindStudy
     from .circuits.connections import strongest_connections, top_connections
     from .circuits.contributions import CircuitRun
+    from .circuits.effects import predicted_vs_measured
     from .circuits.global_weights import global_weights
     from .circuits.graph import AttributionGraph
     from .circuits.path_graph import path_graph
@@ -36,8 +37,34 @@ if TYPE_CHECKING:
     from .circuits.weights import de_embeddings, feature_details, logit_effects
     from .errors import TranscoderError
     from .evaluation import verify
+    from .evaluation_report import Evaluation
+    from .features.bundle import FeatureBundle
+    from .features.collection import collect_features
+    from .features.endpoint import openai_endpoint
+    from .features.explain import explain_features
+    from .features.labels import FeatureLabels
+    from .interop.feature_json import write_feature_files, write_packed_features
+    from .interop.schema import validate_graph
+    from .interop.upload import upload_graph
+    from .measuring import evaluate
+    from .pareto_sweep import pareto
+    from .pareto_table import ParetoTable
+    from .plots import (
+        plot_attention,
+        plot_completeness,
+        plot_effects,
+        plot_logit_effects,
+        plot_pareto,
+    )
+    from .remote.graph import RemoteGraph
+    from .remote.payload import ModelShape, estimate_payload
+    from .remote.server import RemoteServer
+    from .remote.submitting import submit_graph
     from .sets import TranscoderSet
+    from .site_stream import read_features, stream_site_values
     from .sites import Sites, resolve_sites
+    from .training.config import TrainConfig
+    from .training.trainer import train
     from .transcoder import CrossLayerTranscoder, Transcoder, TranscoderConfig
 
 _PUBLIC = {
@@ -46,7 +73,15 @@ _PUBLIC = {
     "BlindStudy": ".circuits.blind",
     "CircuitRun": ".circuits.contributions",
     "CrossLayerTranscoder": ".transcoder",
+    "Evaluation": ".evaluation_report",
+    "FeatureBundle": ".features.bundle",
+    "FeatureLabels": ".features.labels",
+    "ModelShape": ".remote.payload",
+    "ParetoTable": ".pareto_table",
+    "RemoteGraph": ".remote.graph",
+    "RemoteServer": ".remote.server",
     "Sites": ".sites",
+    "TrainConfig": ".training.config",
     "Transcoder": ".transcoder",
     "TranscoderConfig": ".transcoder",
     "TranscoderError": ".errors",
@@ -57,29 +92,49 @@ _PUBLIC = {
     "attached": ".attachment",
     "attribute": ".circuits.attribution",
     "builtin_model_path": ".builtin",
+    "collect_features": ".features.collection",
     "de_embed": ".circuits.virtual_weights",
     "de_embeddings": ".circuits.weights",
     "detach": ".attachment",
+    "estimate_payload": ".remote.payload",
+    "evaluate": ".measuring",
+    "explain_features": ".features.explain",
     "feature_details": ".circuits.weights",
     "feature_summary": ".circuits.summary",
     "global_weights": ".circuits.global_weights",
     "logit_effects": ".circuits.weights",
     "logits_of": ".circuits.virtual_weights",
     "merge_paths": ".circuits.paths",
+    "openai_endpoint": ".features.endpoint",
+    "pareto": ".pareto_sweep",
     "path_graph": ".circuits.path_graph",
+    "plot_attention": ".plots",
+    "plot_completeness": ".plots",
+    "plot_effects": ".plots",
+    "plot_logit_effects": ".plots",
+    "plot_pareto": ".plots",
+    "predicted_vs_measured": ".circuits.effects",
     "pull_back": ".circuits.virtual_weights",
     "push_forward": ".circuits.virtual_weights",
     "qk_attribution": ".circuits.qk",
+    "read_features": ".site_stream",
     "read_vectors": ".circuits.virtual_weights",
     "resolve_sites": ".sites",
     "scale": ".attachment",
     "set_features": ".attachment",
     "steer": ".attachment",
+    "stream_site_values": ".site_stream",
     "strongest_connections": ".circuits.connections",
+    "submit_graph": ".remote.submitting",
     "top_connections": ".circuits.connections",
     "top_paths": ".circuits.paths",
+    "train": ".training.trainer",
+    "upload_graph": ".interop.upload",
+    "validate_graph": ".interop.schema",
     "verify": ".evaluation",
     "virtual_weights": ".circuits.virtual_weights",
+    "write_feature_files": ".interop.feature_json",
+    "write_packed_features": ".interop.feature_json",
     "write_vectors": ".circuits.virtual_weights",
 }
 

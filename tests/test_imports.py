@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import subprocess
 import sys
@@ -17,6 +18,9 @@ ROOT = Path(nnsight_transcoders.__file__).parent
 PACKAGE = "nnsight_transcoders"
 FILES = sorted(ROOT.rglob("*.py"))
 MODULES = [path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".") for path in FILES]
+#: Doors from the graph to the model: methods that are handed a model import what runs it when they
+#: are called. (module, what it imports there); ``reach`` does not go through them.
+DOORS = {("circuits.graph_exports", ".circuits.interventions")}
 HEAVY = {"torch", "transformers", "nnsight", "numpy", "safetensors", "huggingface_hub"}
 
 
@@ -122,7 +126,7 @@ def reach(module: str) -> frozenset[str]:
             continue
         seen.add(here)
         if here.startswith("."):
-            todo += imports(here[1:])
+            todo += [n for n in imports(here[1:]) if (here[1:], n) not in DOORS]
     return frozenset(seen - {f".{module}"})
 
 
@@ -132,7 +136,8 @@ def stdlib_only(names: frozenset[str]) -> set[str]:
 
 
 def test_the_reader_of_imports_sees_them():
-    assert {".errors", ".sets", ".replacement", "nnsight", "torch"} <= imports("attachment")
+    assert {".errors", ".sets", ".replacement", "torch"} <= imports("attachment")
+    assert {".replacement", "nnsight", "torch"} <= imports("splices")
     assert {".sets", ".hub.registry"} <= imports("hub.native") | imports("sets")
     assert ".circuits.collect" in imports("circuits.attribution")
     assert "transformers" not in imports("attachment")
@@ -150,7 +155,8 @@ def test_the_reader_of_imports_sees_them():
         ("sites", {".errors", ".blocks"}),
         ("models", {".errors"}),
         ("replacement", {".errors", ".sets", ".transcoder"}),
-        ("circuits.linear", set()),
+        ("circuits.folded", {".circuits.linear"}),  # for type checkers
+        ("circuits.linear", {".circuits.folded"}),
         ("circuits.edges", {".circuits.linear"}),
     ],
 )
@@ -188,7 +194,38 @@ def test_attach_knows_sites_and_sites_do_not_know_attach():
     assert ".sites" in imports("attachment")
     assert not {".attachment", ".replacement", ".sets", ".transcoder"} & reach("sites")
     own = {n for n in imports("attachment") if n.startswith(".")}
-    assert own <= {".blocks", ".errors", ".models", ".norms", ".replacement", ".sets", ".sites"}
+    below = {".blocks", ".errors", ".models", ".replacement", ".sets", ".sites"}
+    assert own <= below | {".feature_edits", ".feature_rows", ".mounted"}
+
+
+@pytest.mark.parametrize(
+    "module", ["remote_layers", "fit_job", "site_reads", "circuits.invariant_job"]
+)
+def test_what_runs_in_a_remote_job_can_be_shipped(module):
+    """Torch and nnsight are all that a server has; the package's own modules travel as text."""
+    from nnsight_transcoders.remote.shipping import shipped_sources
+
+    loaded = importlib.import_module(f"{PACKAGE}.{module}")
+    ours = loaded.__name__
+    functions = [f for f in vars(loaded).values() if getattr(f, "__module__", "") == ours]
+    shipped = set(shipped_sources(functions[0]))
+    assert loaded.__name__ in shipped
+    assert not {f"{PACKAGE}.sets", f"{PACKAGE}.sites", f"{PACKAGE}.mounted"} & shipped
+
+
+def test_the_doors_open_in_calls_only():
+    for module, behind in DOORS:
+        assert behind in imports(module)
+        assert behind not in imports(module, top=True) or behind in _type_checking(module)
+
+
+def _type_checking(module: str) -> set[str]:
+    """What a module imports for type checkers."""
+    tree = ast.parse(_source(module).read_text())
+    blocks = [n for n in tree.body if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.dump(n.test)]
+    lines = [ast.unparse(n) for block in blocks for n in block.body]
+    package = "." + module.rpartition(".")[0]
+    return {package + line.split()[1] for line in lines if line.startswith("from .")}
 
 
 @pytest.mark.parametrize("module", ["circuits.graph", "circuits.prune"])
@@ -200,6 +237,7 @@ def test_the_graph_knows_torch_and_no_model(module):
 def test_the_operator_could_be_shipped_on_its_own(module):
     assert stdlib_only(reach(module)) <= {"torch"}
     assert {n for n in reach(module) if n.startswith(".")} <= {
+        ".circuits.folded",
         ".circuits.linear",
         ".circuits.edges",
     }

@@ -1,75 +1,93 @@
 """Which features are active on a run, what they reconstruct, and what is left as error.
 
 Layers are loaded one at a time and let go; what is kept of them are the encoder and decoder rows
-of the active features. Legend: n active features of a layer, W layers they write to, T positions,
-D d_model, L layers.
+of the active features, each once, or (``offload``) where to read them.
+
+Legend: n active features of a layer, W layers they write to, T positions, D d_model, L layers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from nnsight_transcoders.sets import TranscoderSet
+from nnsight_transcoders.sets import Rows, TranscoderSet
 from nnsight_transcoders.transcoder import CrossLayerPart, FeatureEncoder, Transcoder
 
 from .collect import Run
+from .layer_features import ActiveFeatures, LayerFeatures
 
 #: Active features of one layer: positions, indices, activations, pre-activations, each ``(n,)``.
 Sparse = tuple[Tensor, Tensor, Tensor, Tensor]
 
+#: Where rows wait that are not used at the moment.
+Offload = Literal["cpu", "disk"]
+
 #: Upper bound on the dense pre-activations held at a time, in elements.
-CHUNK_ELEMENTS = 64 * 2**20
+CHUNK_ELEMENTS = 16 * 2**20
+#: Features whose written vectors are held at a time.
+WRITTEN_AT_A_TIME = 8192
 
 
-@dataclass(frozen=True)
-class LayerFeatures:
-    """The active features of one layer, by position, then by index.
+class _HostRows:
+    """Rows in the computer's memory, brought to the run's device when they are used."""
 
-    Attributes:
-        position: ``(n,)``.
-        index: ``(n,)`` feature index.
-        activation: ``(n,)``.
-        pre_activation: ``(n,)``.
-        encoder: ``(n, D)`` encoder rows.
-        encoder_bias: ``(n,)``.
-        decoder: ``(n, W, D)`` decoder rows, one per layer written to.
-        targets: The W layers written to.
-    """
+    def __init__(self, table: Tensor, device: torch.device) -> None:
+        self._table, self._device = table.cpu(), device
 
-    position: Tensor
-    index: Tensor
-    activation: Tensor
-    pre_activation: Tensor
-    encoder: Tensor
-    encoder_bias: Tensor
-    decoder: Tensor
-    targets: tuple[int, ...]
+    def __getitem__(self, which: Tensor) -> Tensor:
+        return self._table[which.cpu()].to(self._device)
 
-    def __len__(self) -> int:
-        return int(self.position.shape[0])
+    def written_to(self, j: int) -> Tensor:
+        return self._table[:, j].to(self._device)
 
 
-@dataclass(frozen=True)
-class ActiveFeatures:
-    """All active features of a run, and the error each layer's output is left with.
+class _StoredRows:
+    """Rows that stay where the set is, and are read from its files when they are used."""
 
-    Attributes:
-        layers: Layer -> its features, for the layers that have a transcoder.
-        bias: Per layer, the decoder's bias ``(D,)``, or None without a transcoder.
-        error: Per layer ``(T, D)`` at the layer's output site: output minus reconstruction; the
-            whole output where there is no transcoder.
-        output: Per layer ``(T, D)`` the output-site value.
-    """
+    def __init__(
+        self, transcoders: TranscoderSet, layer: int, distinct: Tensor, which: Rows, like: Tensor
+    ) -> None:
+        self._transcoders, self._layer = transcoders, layer
+        self._which: Rows = which
+        self._distinct, self._like = distinct, like
 
-    layers: dict[int, LayerFeatures]
-    bias: list[Tensor | None]
-    error: list[Tensor]
-    output: list[Tensor]
+    def __getitem__(self, which: Tensor) -> Tensor:
+        rows = self._transcoders.rows(self._layer, self._distinct[which], self._which)
+        rows = rows.to(self._like)
+        return rows[:, None] if self._which == "decoder" and rows.dim() == 2 else rows
+
+    def written_to(self, j: int) -> Tensor:
+        return self[torch.arange(len(self._distinct), device=self._distinct.device)][:, j]
+
+
+class _Store:
+    """Takes the rows of a layer's distinct active features to where they wait."""
+
+    def __init__(
+        self,
+        transcoders: TranscoderSet,
+        offload: Offload | None,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        same = transcoders.dtype in (None, dtype)  # as ``TranscoderSet.load`` decides
+        self._transcoders = transcoders if same else transcoders.to(dtype=dtype)
+        self._offload, self._like = offload, torch.empty(0, dtype=dtype, device=device)
+
+    def __call__(
+        self, module: Transcoder | CrossLayerPart, layer: int, distinct: Tensor, which: Rows
+    ) -> Tensor | _HostRows | _StoredRows:
+        if self._offload == "disk":
+            return _StoredRows(self._transcoders, layer, distinct, which, self._like)
+        table = (module.W_enc if which == "encoder" else module.W_dec).detach()[distinct]
+        if which == "decoder" and table.dim() == 2:
+            table = table[:, None]
+        return _HostRows(table, self._like.device) if self._offload == "cpu" else table
 
 
 def output_site(run: Run, layer: int, transcoders: TranscoderSet) -> Tensor:
@@ -85,6 +103,7 @@ def active_features(
     inputs: Sequence[Tensor],
     dtype: torch.dtype,
     *,
+    offload: Offload | None = None,
     verbose: bool = False,
 ) -> ActiveFeatures:
     """Encode a run layer by layer.
@@ -94,6 +113,8 @@ def active_features(
         transcoders: The set.
         inputs: Per layer, the input-site value ``(T, D)`` in ``dtype``.
         dtype: In which everything is computed and kept.
+        offload: Where the encoder and decoder rows of the active features wait until they are
+            used: on the run's device (None), in the computer's memory, or in the set's own files.
         verbose: Show progress.
     """
     n_layers = len(run.resid)
@@ -101,36 +122,34 @@ def active_features(
     errors = [output.clone() for output in outputs]
     biases: list[Tensor | None] = [None] * n_layers
     layers = {}
+    store = _Store(transcoders, offload, dtype, run.final.device)
     chosen = chosen_jointly(run, transcoders, inputs, dtype)
     for layer in tqdm(transcoders.layers, desc="features", disable=not verbose, leave=False):
         module = transcoders.load(layer, dtype=dtype).to(run.final.device)
         with torch.no_grad():
             sparse = chosen.get(layer) or sparse_encode(module, inputs[layer])
-            layers[layer] = _layer_features(module, layer, sparse)
-            biases[layer] = module.b_dec.detach()
+            layers[layer] = _layer_features(module, sparse, layer, store)
+            biases[layer] = module.b_dec.detach().clone()  # a view would keep the file mapped
             errors[layer] -= module.b_dec + module.skip(inputs[layer])
-            _subtract(errors, layers[layer])
+            _subtract(errors, layers[layer], module)
     return ActiveFeatures(layers, biases, errors, outputs)
 
 
 def _layer_features(
-    module: Transcoder | CrossLayerPart, layer: int, sparse: Sparse
+    module: Transcoder | CrossLayerPart, sparse: Sparse, layer: int, store: _Store
 ) -> LayerFeatures:
     position, index, activation, pre = sparse
-    decoder = module.W_dec.detach()[index]
-    if isinstance(module, Transcoder):
-        decoder, targets = decoder[:, None], (layer,)
-    else:
-        targets = module.targets
+    distinct, row = index.unique(return_inverse=True)
     return LayerFeatures(
         position=position,
         index=index,
         activation=activation,
         pre_activation=pre,
-        encoder=module.W_enc.detach()[index],
         encoder_bias=module.b_enc.detach()[index],
-        decoder=decoder,
-        targets=targets,
+        row=row,
+        encoder=store(module, layer, distinct, "encoder"),
+        decoder=store(module, layer, distinct, "decoder"),
+        targets=(layer,) if isinstance(module, Transcoder) else module.targets,
     )
 
 
@@ -197,8 +216,15 @@ def sparse_encode(module: FeatureEncoder, x: Tensor) -> Sparse:
     return position, index, activation, pre
 
 
-def _subtract(errors: list[Tensor], features: LayerFeatures) -> None:
+def _subtract(
+    errors: list[Tensor], features: LayerFeatures, module: Transcoder | CrossLayerPart
+) -> None:
     """Subtract what the features write from the errors of the layers they write to."""
-    for j, target in enumerate(features.targets):
-        written = features.decoder[:, j] * features.activation[:, None]
-        errors[target].index_add_(0, features.position, written, alpha=-1)
+    table = module.W_dec.detach()
+    for part in torch.arange(len(features)).to(table.device).split(WRITTEN_AT_A_TIME):
+        written = table[features.index[part]] * features.activation[part].view(
+            -1, *[1] * (table.dim() - 1)
+        )
+        for j, target in enumerate(features.targets):
+            vectors = written[:, j] if table.dim() == 3 else written
+            errors[target].index_add_(0, features.position[part], vectors, alpha=-1)

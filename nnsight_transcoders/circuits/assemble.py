@@ -8,51 +8,37 @@ import torch
 from torch import Tensor
 
 from .candidates import Candidates
+from .edge_table import EdgeTable
 from .graph import ERROR, FEATURE, LOGIT, TOKEN, AttributionGraph
 
 
 def assemble(
-    candidates: Candidates,
-    rows: Tensor,
-    expanded: Tensor,
-    tokens: tuple[str, ...],
-    metadata: dict[str, Any],
+    candidates: Candidates, table: EdgeTable, tokens: tuple[str, ...], metadata: dict[str, Any]
 ) -> AttributionGraph:
     """Build the graph.
 
     Args:
         candidates: The candidate nodes.
-        rows: ``(G + n, C)`` edge rows, the G targets first (see ``expand``).
-        expanded: ``(n,)`` numbers of the features that become nodes.
+        table: Their edges (``edge_table``).
         tokens: The prompt's tokens as text.
         metadata: JSON-ready record.
     """
-    n_targets = len(candidates.chosen.names)
-    order = expanded.argsort()
-    features = expanded[order]
-    rows = torch.cat([rows[n_targets:][order.cpu()], rows[:n_targets]])
-    others = torch.arange(candidates.n_features, candidates.n_columns)
-    kept = torch.cat([features.cpu(), others])
-    inside = rows[:, kept]
-    omitted = torch.zeros(len(rows), dtype=rows.dtype)
-    if len(features) < candidates.n_features:
-        left_out = torch.ones(candidates.n_columns, dtype=torch.bool)
-        left_out[kept] = False
-        omitted = rows[:, left_out].sum(1)
-    n_nodes = len(kept) + n_targets
-    targets = torch.cat([torch.arange(len(features)), torch.arange(len(kept), n_nodes)])
-    row, column = inside.nonzero(as_tuple=True)
-    total, bias = _totals(candidates, features)
+    n_targets, n_sources = len(candidates.chosen.names), table.rows.shape[1]
+    n_nodes, n_features = n_sources + n_targets, len(table.features)
+    targets = torch.cat([torch.arange(n_features), torch.arange(n_sources, n_nodes)])
+    row, column = table.rows.nonzero(as_tuple=True)
     per_target = {
-        name: torch.zeros(n_nodes, dtype=rows.dtype).index_copy(0, targets, values.cpu())
-        for name, values in (("total", total), ("bias", bias), ("omitted", omitted))
+        name: torch.zeros(n_nodes, dtype=table.rows.dtype).index_copy(
+            0, targets, getattr(table, name)
+        )
+        for name in ("total", "bias", "omitted")
     }
     return AttributionGraph(
-        **_node_table(candidates, features),
+        **_node_table(candidates, table.features),
         **per_target,
         source=column,
         target=targets[row],
-        weight=inside[row, column],
+        weight=table.rows[row, column],
         tokens=tokens,
         token_ids=tuple(candidates.run.token_ids.tolist()),
         target_names=candidates.chosen.names,
@@ -107,16 +93,3 @@ def _node_table(candidates: Candidates, features: Tensor) -> dict[str, Tensor]:
         ],
     }
     return {name: torch.cat([part.cpu() for part in parts]) for name, parts in table.items()}
-
-
-def _totals(candidates: Candidates, features: Tensor) -> tuple[Tensor, Tensor]:
-    """What the inputs of each target sum to, and its constant terms: features, then targets."""
-    bias = candidates.gather(features, "encoder_bias")
-    for layer, here, rows in candidates.by_layer(features):
-        active = candidates.active.layers[layer]
-        constant = candidates.constants[layer][active.position[rows]]
-        bias[here] += (active.encoder[rows] * constant).sum(-1)
-    chosen = candidates.chosen
-    constant = candidates.final_constants[candidates.position]
-    totals = torch.cat([candidates.gather(features, "pre_activation"), chosen.total])
-    return totals, torch.cat([bias, chosen.direction @ constant + chosen.bias])

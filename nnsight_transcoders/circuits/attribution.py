@@ -9,28 +9,32 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from importlib.metadata import version
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import Tensor, nn
 
-from nnsight_transcoders._version import __version__
-from nnsight_transcoders.builtin import builtin_model_path
 from nnsight_transcoders.errors import InputError, SiteError
 from nnsight_transcoders.models import hf_module
+from nnsight_transcoders.replacement import check_transcodes
 from nnsight_transcoders.sets import TranscoderSet
 from nnsight_transcoders.sites import Sites, resolve_sites
 
-from .active import active_features
+from .active import Offload, active_features
 from .assemble import assemble
 from .autograd import AutogradEngine
 from .candidates import Candidates, Engine
 from .collect import Run, collect, token_ids_of, token_texts
+from .edge_table import edge_table
 from .edges import MEMORY_BUDGET
 from .engine import OperatorEngine
 from .expand import expand
 from .graph import AttributionGraph
+from .provenance import dtype_name, provenance
 from .targets import Target, choose_targets
+
+if TYPE_CHECKING:
+    from nnsight_transcoders.remote.server import Remote
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +54,11 @@ def attribute(
     method: Method = "auto",
     sites: Sites | None = None,
     memory: int = MEMORY_BUDGET,
+    offload: Offload | None = None,
     verbose: bool = False,
+    remote: Remote | None = None,
+    weights: str | Path = "auto",
+    keep: str | Path | None = None,
 ) -> AttributionGraph:
     """The attribution graph of one prompt (Ameisen et al. 2025, "Circuit Tracing").
 
@@ -75,7 +83,17 @@ def attribute(
             cannot be written down. The graph's metadata says which was used.
         sites: The model's sites, where they have to be given by hand.
         memory: Bytes for a batch of targets (default 512 MiB).
+        offload: Where encoder and decoder rows of the active features wait until they are used:
+            on the model's device (None), in the computer's memory (``"cpu"``), or in the set's
+            own files (``"disk"``; edge rows are then kept in a temporary file). See
+            docs/scaling.md for what is held.
         verbose: Show progress bars.
+        remote: Where the model runs (docs/remote.md): True for NDIF, an address, or a
+            ``RemoteServer``. The model given here needs no weights then.
+        weights: Where the edges of a remote model are computed: here with weights from this
+            checkpoint folder or Hub repository; ``"server"`` for there; ``"auto"`` takes weights
+            that are at hand (in the model or its folder), else the server.
+        keep: A folder that keeps what a remote graph has received; the same call goes on from it.
 
     Returns:
         The graph; its ``completeness_error`` says how exactly every node's inputs add up. Weights
@@ -85,7 +103,33 @@ def attribute(
         MismatchError: The set does not fit the model.
         InputError: A prompt, target or limit that cannot be used.
         SiteError: The model's parts were not found or do not fit together.
+        RemoteError: A remote request failed; ``error.graph.result()`` goes on from there.
     """
+    if offload not in (None, *get_args(Offload)):
+        raise InputError(f"unknown offload {offload!r}: use 'cpu', 'disk' or None")
+    if remote:
+        if offload is not None:
+            raise InputError("offload= is for graphs of models that are here: leave it out")
+        from nnsight_transcoders.remote.submitting import submit_graph
+
+        return submit_graph(
+            model,
+            transcoders,
+            prompt,
+            targets=targets,
+            position=position,
+            max_n_logits=max_n_logits,
+            desired_logit_prob=desired_logit_prob,
+            max_feature_nodes=max_feature_nodes,
+            method=method,
+            sites=sites,
+            memory=memory,
+            verbose=verbose,
+            remote=remote,
+            weights=weights,
+            keep=keep,
+            send=False,
+        ).result()
     if max_feature_nodes < 1:
         raise InputError(f"max_feature_nodes must be at least 1, got {max_feature_nodes}")
     if method not in ("auto", "operator", "autograd"):
@@ -93,6 +137,7 @@ def attribute(
     module = hf_module(model)
     sites = sites or resolve_sites(module)
     transcoders.check_model(sites.d_model, sites.n_layers, type(module).__name__)
+    check_transcodes(transcoders)
     token_ids = token_ids_of(model, prompt, sites)
     if not -len(token_ids) <= position < len(token_ids):
         raise InputError(f"position {position} is outside the prompt of {len(token_ids)} tokens")
@@ -102,13 +147,17 @@ def attribute(
     chosen = choose_targets(
         model, module, sites, run, engine.final[position], targets, max_n_logits, desired_logit_prob
     )
-    active = active_features(run, transcoders, engine.inputs, engine.dtype, verbose=verbose)
+    active = active_features(
+        run, transcoders, engine.inputs, engine.dtype, offload=offload, verbose=verbose
+    )
     candidates = Candidates.build(run, active, chosen, position, engine)
-    rows, expanded = expand(candidates, engine, max_feature_nodes, memory, verbose=verbose)
+    rows, expanded = expand(
+        candidates, engine, max_feature_nodes, memory, offload=offload, verbose=verbose
+    )
     metadata = {
-        **_provenance(module, sites, transcoders),
+        **provenance(module, sites, transcoders, next(module.parameters()).dtype),
         "method": used,
-        "attribution_dtype": _name(engine.dtype),
+        "attribution_dtype": dtype_name(engine.dtype),
         "n_active_features": candidates.n_features,
         "settings": {
             "max_n_logits": max_n_logits,
@@ -117,7 +166,8 @@ def attribute(
             "position": position,
         },
     }
-    return assemble(candidates, rows, expanded, token_texts(model, token_ids), metadata)
+    table = edge_table(candidates, rows, expanded)
+    return assemble(candidates, table, token_texts(model, token_ids), metadata)
 
 
 def _engine(
@@ -136,22 +186,3 @@ def _engine(
                 raise
             logger.warning("falling back to autograd: %s", error)
     return AutogradEngine(model, module, sites, run, transcoders), "autograd"
-
-
-def _provenance(module: nn.Module, sites: Sites, transcoders: TranscoderSet) -> dict[str, Any]:
-    path = str(getattr(getattr(module, "config", None), "_name_or_path", ""))
-    return {
-        "n_layers": sites.n_layers,
-        "model": "builtin" if path == builtin_model_path() else path or type(module).__name__,
-        "architecture": type(module).__name__,
-        "model_dtype": _name(next(module.parameters()).dtype),
-        "transcoders": transcoders.provenance,
-        "transcoder_kind": "cross-layer" if transcoders.cross_layer else "per-layer",
-        "transcoder_layers": list(transcoders.layers),
-        "versions": {"nnsight-transcoders": __version__}
-        | {name: version(name) for name in ("nnsight", "torch", "transformers")},
-    }
-
-
-def _name(dtype: Any) -> str:
-    return str(dtype).removeprefix("torch.")

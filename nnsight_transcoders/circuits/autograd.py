@@ -25,9 +25,9 @@ from nnsight_transcoders.sites import Sites
 
 from .active import output_site
 from .collect import Run, eager_attention
-from .edges import SiteSources
+from .edges import SiteSources, Sources
 from .freeze import MlpSide, attribution_dtype, freeze_norms, input_values, mlp_sides
-from .linear import FrozenNorm, Targets
+from .linear import EMBEDDING, FrozenNorm, Targets
 
 # The calls that compute attention in Hugging Face's modules, where it is not written inline.
 _ATTENTION_CALLS = ("attention_interface_1", "self__attn_0")
@@ -82,12 +82,11 @@ class AutogradEngine:
         *reads, final = self._run_frozen(start, leaves, grad=False)
         return [read.to(self.dtype) for read in reads], final.to(self.dtype)
 
-    def written(self, layer: int, vectors: Tensor, positions: Tensor) -> Tensor:
-        """See ``candidates.Engine.written``: leaves stand at the output sites themselves."""
-        del layer, positions
-        return vectors
+    def token_sources(self, vectors: Tensor, first_column: int) -> dict[int, list[SiteSources]]:
+        """See ``candidates.Engine.token_sources``."""
+        return {EMBEDDING: [SiteSources.everywhere(vectors, first_column)]}
 
-    def rows(self, sources: dict[int, SiteSources], targets: Targets, n_columns: int) -> Tensor:
+    def rows(self, sources: Sources, targets: Targets, n_columns: int) -> Tensor:
         """See ``candidates.Engine.rows``."""
         out = targets.vector.new_zeros(len(targets.layer), n_columns)
         leaves = [*self._leaves, self._start]
@@ -107,8 +106,9 @@ class AutogradEngine:
                 is_grads_batched=True,
             )
             for site, grad in zip(sites, grads, strict=True):
-                if grad is not None and site in sources:
-                    _read_off(out, here, grad.to(self.dtype), sources[site])
+                for part in sources.get(site, ()) if grad is not None else ():
+                    columns, edges = part.read_off(grad.to(self.dtype))
+                    out[here[:, None], columns] += edges
         return out
 
     def _run_frozen(self, start: Tensor, leaves: Sequence[Tensor], *, grad: bool) -> list[Tensor]:
@@ -125,14 +125,6 @@ class AutogradEngine:
                 self._final_norm,
                 self._inner_scales,
             )
-
-
-def _read_off(out: Tensor, rows: Tensor, grad_BTD: Tensor, sources: SiteSources) -> None:
-    for position in range(grad_BTD.shape[1]):
-        start, stop = sources.starts[position], sources.starts[position + 1]
-        if stop > start:
-            edges = grad_BTD[:, position] @ sources.vector[start:stop].T
-            out[rows[:, None], sources.column[start:stop]] += edges
 
 
 @dataclass(frozen=True)

@@ -7,18 +7,21 @@ Legend: F features, L layers, T positions, G chosen targets (logits), D d_model,
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
-from .active import ActiveFeatures
-from .collect import Run
-from .edges import SiteSources
+from .edges import SiteSources, Sources
+from .layer_features import ActiveFeatures, LayerFeatures
 from .linear import Targets
-from .targets import TargetSpec
+
+if TYPE_CHECKING:  # this module also runs in remote jobs, where there is torch only
+    from .collect import Run
+    from .targets import TargetSpec
 
 
 class Engine(Protocol):
@@ -39,11 +42,11 @@ class Engine(Protocol):
         the frozen model run without features, errors and tokens, with decoder ``biases (D,)``."""
         ...
 
-    def written(self, layer: int, vectors: Tensor, positions: Tensor) -> Tensor:
-        """Vectors ``(m, D)`` at a layer's output site as ``rows`` wants its sources to be."""
+    def token_sources(self, vectors: Tensor, first_column: int) -> dict[int, list[SiteSources]]:
+        """The tokens' embeddings ``(T, D)`` as sources, by the place where they stand."""
         ...
 
-    def rows(self, sources: dict[int, SiteSources], targets: Targets, n_columns: int) -> Tensor:
+    def rows(self, sources: Sources, targets: Targets, n_columns: int) -> Tensor:
         """Edges from all sources into a batch of targets ``(B, C)``."""
         ...
 
@@ -59,7 +62,7 @@ class Candidates:
         position: Where the targets stand.
         layer: ``(F,)`` of each feature.
         positions: ``(F,)`` of each feature.
-        sources: Output site (-1: the embedding) -> the sources that write to it.
+        sources: Output site, or place of the tokens -> the sources that write to it.
         constants: Per layer, what constant terms alone give at the input site ``(T, D)``.
         final_constants: The same at the final norm's output ``(T, D)``.
     """
@@ -70,7 +73,7 @@ class Candidates:
     position: int
     layer: Tensor
     positions: Tensor
-    sources: dict[int, SiteSources]
+    sources: Sources
     constants: list[Tensor]
     final_constants: Tensor
 
@@ -125,19 +128,18 @@ class Candidates:
             start += len(active)
 
     def gather(self, features: Tensor, name: str) -> Tensor:
-        """A field of ``LayerFeatures`` for feature numbers ``(n,)``."""
-        parts = list(self.by_layer(features))
-        sample = getattr(next(iter(self.active.layers.values())), name)
-        out = sample.new_empty(len(features), *sample.shape[1:])
-        for number, here, rows in parts:
+        """A field of ``LayerFeatures`` of length n for feature numbers ``(n,)``."""
+        out = getattr(next(iter(self.active.layers.values())), name).new_empty(len(features))
+        for number, here, rows in self.by_layer(features):
             out[here] = getattr(self.active.layers[number], name)[rows]
         return out
 
     def feature_targets(self, features: Tensor) -> Targets:
         """Feature numbers, highest layer first -> the cotangents of their encoder rows."""
-        return Targets(
-            self.gather(features, "encoder"), self.layer[features], self.positions[features]
-        )
+        vectors = self.chosen.direction.new_empty(len(features), self.chosen.direction.shape[1])
+        for number, here, rows in self.by_layer(features):
+            vectors[here] = self.active.layers[number].encoder_of(rows)
+        return Targets(vectors, self.layer[features], self.positions[features])
 
     def logit_targets(self) -> Targets:
         """The chosen targets' cotangents at the final norm."""
@@ -145,28 +147,32 @@ class Candidates:
         return Targets(self.chosen.direction, at, torch.full_like(at, self.position))
 
 
-def site_sources(run: Run, active: ActiveFeatures, engine: Engine) -> dict[int, SiteSources]:
-    """All candidate sources by the output site they write to (-1: the embedding)."""
+def site_sources(run: Run, active: ActiveFeatures, engine: Engine) -> dict[int, list[SiteSources]]:
+    """All candidate sources by the output site they write to, and the tokens."""
     n_positions, n_layers = run.n_positions, len(active.error)
-    everywhere = torch.arange(n_positions, device=run.final.device)
-    n_features = sum(len(f) for f in active.layers.values())
-    at: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = defaultdict(list)
+    at: dict[int, list[SiteSources]] = defaultdict(list)
     start = 0
     for features in active.layers.values():
-        columns = torch.arange(start, start + len(features), device=everywhere.device)
+        columns = torch.arange(start, start + len(features), device=run.final.device)
         for j, target in enumerate(features.targets):
-            written = features.decoder[:, j] * features.activation[:, None]
-            at[target].append((written, columns, features.position))
+            part = SiteSources.build(
+                _decoder_rows(features, j),
+                features.row,
+                features.activation,
+                columns,
+                features.position,
+                n_positions,
+            )
+            at[target].append(part)
         start += len(features)
-    for layer in range(n_layers):
-        columns = n_features + layer * n_positions + everywhere
-        at[layer].append((active.error[layer], columns, everywhere))
-    columns = n_features + n_layers * n_positions + everywhere
-    at[-1].append((run.embedding.to(engine.dtype), columns, everywhere))
-    tables = {}
-    for site, parts in at.items():
-        vector, column, position = (torch.cat(part) for part in zip(*parts, strict=True))
-        if site >= 0:
-            vector = engine.written(site, vector, position)
-        tables[site] = SiteSources.build(vector, column, position, n_positions)
-    return tables
+    for layer, error in enumerate(active.error):
+        at[layer].append(SiteSources.everywhere(error, start + layer * n_positions))
+    tokens = run.embedding.to(engine.dtype)
+    return {**at, **engine.token_sources(tokens, start + n_layers * n_positions)}
+
+
+def _decoder_rows(features: LayerFeatures, j: int) -> Tensor | Callable[[], Tensor]:
+    """The rows ``(u, D)`` that a layer's features write to the ``j``-th of its targets."""
+    if isinstance(features.decoder, Tensor):
+        return features.decoder[:, j]
+    return partial(features.decoder.written_to, j)

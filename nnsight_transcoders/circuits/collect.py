@@ -1,14 +1,14 @@
 """Run the model once and keep what the frozen linear model needs: forward reads in one trace.
 
-Nothing here needs gradients. Every value is cloned as it passes, since some models go on to change
-it in place (Falcon adds attention's output into the MLP's).
+Nothing here needs gradients. The reads themselves are in ``reads.py``, which also serves models
+that are elsewhere (``remote/``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import nnsight
@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from nnsight_transcoders.errors import InputError, SiteError
 from nnsight_transcoders.models import hf_module
 from nnsight_transcoders.sites import Sites
+
+from .reads import read_run
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,11 @@ def eager_attention(module: nn.Module) -> Iterator[None]:
             config._attn_implementation = before[key]
 
 
+def run_parts(sites: Sites) -> dict[str, Any]:
+    """The sites as plain data, for ``reads.read_run``."""
+    return asdict(sites)
+
+
 def collect(model: Any, sites: Sites, token_ids: Tensor, positions: Sequence[int] = (-1,)) -> Run:
     """Trace one prompt and keep every value the frozen model needs.
 
@@ -141,65 +148,35 @@ def collect(model: Any, sites: Sites, token_ids: Tensor, positions: Sequence[int
     ids = token_ids[None].to(next(module.parameters()).device)
     with eager_attention(module), torch.no_grad():
         try:
-            values = _trace(model, sites, ids, list(positions))
+            values = _trace(model, run_parts(sites), ids, list(positions))
         except OutOfOrderError as error:
             raise SiteError(
                 f"the model's parts do not run in the order that its sites say: {error}. Pass "
                 "parallel= or the parts' paths to resolve_sites"
             ) from error
-    for layer, pattern in enumerate(values["pattern"]):
-        expected = (sites.n_heads, len(token_ids), len(token_ids))
+    run = Run(token_ids=token_ids, **values)
+    check_patterns(run, sites)
+    return run
+
+
+def check_patterns(run: Run, sites: Sites) -> None:
+    """Check that every layer handed out its attention pattern.
+
+    Raises:
+        SiteError: One did not.
+    """
+    for layer, pattern in enumerate(run.pattern):
+        expected = (sites.n_heads, run.n_positions, run.n_positions)
         if pattern is None or tuple(pattern.shape) != expected:
             found = None if pattern is None else tuple(pattern.shape)
             raise SiteError(
                 f"{sites.layers[layer].attention} returned an attention pattern of shape {found}, "
                 f"expected {expected}: this attention cannot be written as a frozen pattern"
             )
-    return Run(token_ids=token_ids, **values)
 
 
-def _trace(model: Any, sites: Sites, ids: Tensor, positions: list[int]) -> dict[str, Any]:
-    # One function, read by nnsight as source: the block below runs inside the forward pass.
-    n_positions = ids.shape[1]
+def _trace(model: Any, parts: dict[str, Any], ids: Tensor, positions: list[int]) -> dict[str, Any]:
+    # Read by nnsight as source: the block below runs inside the forward pass.
     with model.trace(ids):
-        names = ("resid", "pattern", "attended", "mid", "mlp_in", "mlp_out", "mlp_post")
-        values: dict[str, Any] = nnsight.save({name: [] for name in names})
-        token = model.get(sites.embed).output.clone()
-        position = None
-        if sites.position_embed is not None:
-            position = model.get(sites.position_embed).output.clone().reshape(n_positions, -1)
-        for layer in sites.layers:
-            resid = model.get(layer.block).input.clone()[0]
-            values["resid"].append(resid)
-            values["attended"].append(model.get(layer.out_proj).output.clone()[0])
-            outputs = model.get(layer.attention).output
-            pattern = outputs[1] if isinstance(outputs, tuple) and len(outputs) > 1 else None
-            values["pattern"].append(None if pattern is None else pattern[0].clone())
-            if sites.parallel:
-                mid = resid
-            elif layer.mlp_norm is not None:
-                mid = model.get(layer.mlp_norm).input.clone().reshape(n_positions, -1)
-            else:
-                mid = None
-            mlp_in = model.get(layer.mlp_in).input.clone().reshape(n_positions, -1)
-            values["mid"].append(mlp_in if mid is None else mid)
-            values["mlp_in"].append(mlp_in)
-            mlp_out = model.get(layer.mlp_out).output
-            if isinstance(mlp_out, tuple):
-                mlp_out = mlp_out[0]
-            mlp_out = mlp_out.clone().reshape(n_positions, -1)
-            values["mlp_out"].append(mlp_out)
-            if layer.mlp_post_norm is not None:
-                post = model.get(layer.mlp_post_norm).output.clone()
-                values["mlp_post"].append(post.reshape(n_positions, -1))
-            else:
-                values["mlp_post"].append(mlp_out)
-        values["final"] = model.get(sites.final_norm).input.clone()[0]
-        values["logits"] = model.get(sites.unembed).output[0, positions].clone()
-        capped = model.output.logits[0, positions]
-        values["probabilities"] = capped.float().softmax(-1)
-        # Where nothing else is added to the token embedding, the block's input is the token's
-        # whole contribution: it includes what the model does to it (Gemma's scale, Bloom's norm).
-        values["embedding"] = values["resid"][0] if position is None else token[0]
-        values["position_embedding"] = position
+        values: dict[str, Any] = nnsight.save(read_run(model, parts, positions))
     return values

@@ -22,7 +22,8 @@ from nnsight_transcoders.errors import CheckpointError, InputError
 from nnsight_transcoders.sets import TranscoderSet
 from nnsight_transcoders.sites import Sites
 
-from .invariant import Head, InvariantModel, OVCircuit
+from .invariant import Head, InvariantModel
+from .ov import OVCircuit
 
 #: Rows of a layer taken at a time.
 CHUNK_ROWS = 4096

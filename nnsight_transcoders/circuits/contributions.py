@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -22,6 +23,8 @@ from torch import Tensor
 
 from nnsight_transcoders.errors import InputError
 from nnsight_transcoders.models import hf_module
+from nnsight_transcoders.remote.server import Remote, remote_server
+from nnsight_transcoders.replacement import check_transcodes
 from nnsight_transcoders.sets import TranscoderSet
 from nnsight_transcoders.sites import Sites, resolve_sites
 
@@ -29,6 +32,7 @@ from .active import ActiveFeatures, active_features
 from .collect import Run, collect, token_ids_of, token_texts
 from .engine import OperatorEngine
 from .linear import FrozenModel
+from .remote_run import ServerWeights, collect_remote
 from .targets import Target, choose_targets
 
 Kind = Literal["token", "position", "feature", "error", "attention", "skip", "bias"]
@@ -98,12 +102,19 @@ class CircuitRun:
         engine: The frozen model.
         active: The active features.
         model: The nnsight model, for its tokenizer, its unembedding and its attention modules.
+        there: The weights of a model that is on a server; None of one that is here.
     """
 
     def __init__(
-        self, sites: Sites, run: Run, engine: OperatorEngine, active: ActiveFeatures, model: Any
+        self,
+        sites: Sites,
+        run: Run,
+        engine: OperatorEngine,
+        active: ActiveFeatures,
+        model: Any,
+        there: ServerWeights | None = None,
     ) -> None:
-        self.sites, self.run, self.active = sites, run, active
+        self.sites, self.run, self.active, self._there = sites, run, active, there
         self.frozen: FrozenModel = engine.frozen
         self._engine, self.model = engine, model
         self._resid = [resid.to(engine.dtype) for resid in run.resid]
@@ -118,22 +129,44 @@ class CircuitRun:
         prompt: str | Sequence[int] | Tensor,
         *,
         sites: Sites | None = None,
+        remote: Remote | None = None,
+        weights: str | Path | None = None,
     ) -> CircuitRun:
         """Run a prompt and freeze the model at it.
+
+        Args:
+            model: An nnsight model; for a remote one, its module tree is enough.
+            transcoders: Its set.
+            prompt: Text, or token ids ``(T,)``.
+            sites: The model's sites, where they have to be given by hand.
+            remote: Run the model on a server: True, an address, or a ``RemoteServer``.
+            weights: Of a remote model: a folder or Hub repository with its checkpoint, to read its
+                attention maps from. Without one they come from the server. ``"server"``: always.
 
         Raises:
             MismatchError: The set does not fit the model.
             InputError: A prompt that cannot be used.
             SiteError: The model cannot be written down as a linear operator.
         """
-        module = hf_module(model)
+        server = remote_server(remote)
+        module = hf_module(model, weights=server is None)
         sites = sites or resolve_sites(module)
         transcoders.check_model(sites.d_model, sites.n_layers, type(module).__name__)
+        check_transcodes(transcoders)
         token_ids = token_ids_of(model, prompt, sites)
-        run = collect(model, sites, token_ids, list(range(len(token_ids))))
-        engine = OperatorEngine(module, sites, run, transcoders)
+        there = None
+        if server is None:
+            run = collect(model, sites, token_ids, list(range(len(token_ids))))
+        else:
+            run, there = collect_remote(model, module, sites, token_ids, server, weights)
+        engine = OperatorEngine(there or module, sites, run, transcoders)
         active = active_features(run, transcoders, engine.inputs, engine.dtype)
-        return cls(sites, run, engine, active, model)
+        return cls(sites, run, engine, active, model, there)
+
+    @property
+    def remote(self) -> bool:
+        """Whether the model is on a server."""
+        return self._there is not None
 
     @property
     def token_texts(self) -> tuple[str, ...]:
@@ -167,9 +200,11 @@ class CircuitRun:
             run, logits=run.logits[[position]], probabilities=run.probabilities[[position]]
         )
         final = self._engine.final[position]
-        spec = choose_targets(
-            self.model, hf_module(self.model), self.sites, at, final, [target], 1, 1.0
-        )
+        module = None if self._there else hf_module(self.model)
+        spec = choose_targets(self.model, module, self.sites, at, final, [target], 1, 1.0)
+        if self._there and int(spec.index) >= 0:
+            rows, bias = self._there.logit_directions(spec.index.tolist(), self.dtype)
+            spec = replace(spec, direction=rows, bias=bias)
         norm = self.frozen.final_norm
         vector = norm.adjoint_at(spec.direction, torch.tensor([position]))[0]
         constant = float(spec.bias[0])
@@ -236,7 +271,7 @@ class CircuitRun:
     def _encoder_vector(self, layer: int, row: int, weight: float) -> FeatureVector:
         """A feature's encoder row in the stream, times a weight; ``row`` is one of its layer's."""
         active, read = self.active.layers[layer], self.frozen.layers[layer].read
-        vector, position = active.encoder[row], int(active.position[row])
+        vector, position = active.encoder_of(torch.tensor([row]))[0], int(active.position[row])
         constant = float(active.encoder_bias[row])
         if read is not None:
             if read.bias is not None:
@@ -260,9 +295,10 @@ class CircuitRun:
         for source, active in self.active.layers.items():
             rows = (active.position == at).nonzero().flatten()
             weights = torch.zeros(len(rows), dtype=target.vector.dtype)
+            decoder = active.decoder_of(rows)
             for j, layer in enumerate(active.targets):
                 if layer < target.n_mlp:
-                    weights += self._written(layer, active.decoder[rows, j], at) @ target.vector
+                    weights += self._written(layer, decoder[:, j], at) @ target.vector
             if source < target.n_mlp:
                 for row, weight in zip(rows.tolist(), weights.tolist(), strict=True):
                     activation, index = float(active.activation[row]), int(active.index[row])

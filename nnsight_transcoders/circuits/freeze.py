@@ -15,14 +15,16 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from nnsight_transcoders.blocks import LayerSites, ValueLayout
+from nnsight_transcoders.blocks import LayerSites
 from nnsight_transcoders.errors import SiteError
-from nnsight_transcoders.norms import TOLERANCE, norm_spec, relative_difference
+from nnsight_transcoders.norms import TOLERANCE, relative_difference
 from nnsight_transcoders.sets import TranscoderSet
 from nnsight_transcoders.sites import Sites
 
+from .attention_weights import fit_attention, other_layouts
 from .collect import Run
 from .linear import FrozenAttention, FrozenLayer, FrozenModel, FrozenNorm
+from .model_weights import ModelWeights, weights_of
 
 
 def attribution_dtype(model_dtype: torch.dtype) -> torch.dtype:
@@ -47,7 +49,7 @@ class MlpSide:
     skip: Tensor | None
 
 
-def freeze_norms(module: nn.Module, sites: Sites, run: Run) -> dict[str, FrozenNorm]:
+def freeze_norms(module: nn.Module | ModelWeights, sites: Sites, run: Run) -> dict[str, FrozenNorm]:
     """Every norm on the residual path at the run's denominators, by module path.
 
     Raises:
@@ -103,7 +105,7 @@ def mlp_sides(
                 config.input_site,
                 read,
                 norms[post] if post else None,
-                None if skip is None else skip.detach().to(run.final.device, dtype),
+                None if skip is None else skip.detach().to(run.final.device, dtype, copy=True),
             )
         )
     return sides
@@ -124,7 +126,7 @@ def input_values(run: Run, sides: Sequence[MlpSide]) -> list[Tensor]:
 
 
 def freeze(
-    module: nn.Module,
+    module: nn.Module | ModelWeights,
     sites: Sites,
     run: Run,
     norms: Mapping[str, FrozenNorm],
@@ -133,7 +135,7 @@ def freeze(
     """The frozen linear model of a run.
 
     Args:
-        module: The Hugging Face module the run came from.
+        module: The Hugging Face module the run came from, or where else its weights are.
         sites: Its sites.
         run: What ``collect`` kept.
         norms: From ``freeze_norms``.
@@ -142,12 +144,13 @@ def freeze(
     Raises:
         SiteError: A part does not reproduce the run.
     """
+    weights = weights_of(module)
     layers = []
     for number, (layer, side) in enumerate(zip(sites.layers, sides, strict=True)):
         norm = norms[layer.attention_norm] if layer.attention_norm else None
         layers.append(
             FrozenLayer(
-                attention=_attention(module, sites, layer, number, run, norm),
+                attention=_attention(weights, sites, layer, number, run, norm),
                 attention_norm=norm,
                 attention_post_norm=(
                     norms[layer.attention_post_norm] if layer.attention_post_norm else None
@@ -158,60 +161,23 @@ def freeze(
             )
         )
     frozen = FrozenModel(tuple(layers), norms[sites.final_norm], sites.parallel)
-    _check_residual(frozen, sites, run)
+    check_residual(sites, run, norms)
     return frozen
 
 
-def freeze_norm(module: nn.Module, path: str, x: Tensor) -> FrozenNorm:
+def freeze_norm(module: nn.Module | ModelWeights, path: str, x: Tensor) -> FrozenNorm:
     """A norm at the denominators of its input ``x (T, D)``.
 
     Raises:
         SiteError: It is neither a LayerNorm nor an RMSNorm.
     """
-    spec = norm_spec(module.get_submodule(path), path, x)
+    spec = weights_of(module).norm(path, x)
     scale = spec.scale(x.to(attribution_dtype(x.dtype)))
     return FrozenNorm(spec.gain, spec.bias, scale, spec.centred)
 
 
-def linear_weight(
-    linear: nn.Module, width: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor | None]:
-    """A linear module's weight ``(out, in)`` and bias, whatever its class.
-
-    ``nn.Linear`` and transformers' ``Conv1D`` are read; anything else (quantised layers) is asked
-    for its values on a basis.
-    """
-    weight, bias = getattr(linear, "weight", None), getattr(linear, "bias", None)
-    if isinstance(weight, Tensor) and weight.dim() == 2 and weight.is_floating_point():
-        weight = weight.detach().to(dtype)
-        if type(linear).__name__ == "Conv1D":
-            weight = weight.T
-        return weight, None if bias is None else bias.detach().to(dtype)
-    with torch.no_grad():
-        device = next(linear.parameters()).device
-        zero = linear(torch.zeros(1, width, device=device)).to(dtype)[0]
-        basis = linear(torch.eye(width, device=device)).to(dtype)
-    return (basis - zero).T.contiguous(), zero
-
-
-def split_value(
-    weight: Tensor, bias: Tensor | None, sites: Sites, layout: ValueLayout
-) -> tuple[Tensor, Tensor | None]:
-    """The value rows of a possibly fused projection: ``(K * E, D)`` and ``(K * E,)``."""
-    if layout == "separate":
-        return weight, bias
-
-    def rows(tensor: Tensor) -> Tensor:
-        if layout == "concatenated":
-            return tensor[-sites.n_value_heads * sites.head_dim :]
-        blocks = tensor.unflatten(0, (sites.n_value_heads, -1, sites.head_dim))
-        return blocks[:, -1].flatten(0, 1)
-
-    return rows(weight), None if bias is None else rows(bias)
-
-
 def _attention(
-    module: nn.Module,
+    weights: ModelWeights,
     sites: Sites,
     layer: LayerSites,
     number: int,
@@ -220,51 +186,61 @@ def _attention(
 ) -> FrozenAttention:
     dtype, limit = attribution_dtype(run.final.dtype), TOLERANCE[run.final.dtype]
     if layer.value is None:
-        raise SiteError(
-            f"{layer.attention} has no module that makes the values: its attention cannot be "
-            "written as pattern x values x output; use method='autograd'"
-        )
-    value = linear_weight(module.get_submodule(layer.value), sites.d_model, dtype)
-    out = linear_weight(module.get_submodule(layer.out_proj), sites.n_heads * sites.head_dim, dtype)
+        raise no_values(layer)
     x = run.resid[number].to(dtype)
-    x = x if norm is None else norm.forward(x)
-    pattern = run.pattern[number].to(dtype)
-    layouts: list[ValueLayout] = [layer.value_layout]
-    if layer.value_layout != "separate":  # the other way of fusing has the same shapes
-        layouts.append("grouped" if layer.value_layout == "concatenated" else "concatenated")
-    differences = []
-    for layout in layouts:
-        W_V, b_V = split_value(*value, sites, layout)
-        attention = FrozenAttention(pattern, W_V, b_V, *out)
-        difference = relative_difference(attention.forward(x), run.attended[number].to(dtype))
-        if difference <= limit:
-            return attention
-        differences.append(difference)
-    raise SiteError(
-        f"{layer.attention} ({type(module.get_submodule(layer.attention)).__name__}) cannot be "
-        f"written as pattern x values x output: its output differs by {min(differences):.1e} "
-        "(relative). Pass value=, value_layout= or out_proj= to resolve_sites, or use "
-        "method='autograd'"
+    attention, difference = fit_attention(
+        run.pattern[number],
+        weights.linear(layer.value, sites.d_model, run.final.dtype),
+        weights.linear(layer.out_proj, sites.n_heads * sites.head_dim, run.final.dtype),
+        (sites.n_value_heads, sites.head_dim),
+        other_layouts(layer.value_layout),
+        x if norm is None else norm.forward(x),
+        run.attended[number].to(dtype),
+    )
+    if not difference <= limit:
+        raise not_explained(layer, difference)
+    return attention
+
+
+def no_values(layer: LayerSites) -> SiteError:
+    """The error of an attention whose values no one module makes."""
+    return SiteError(
+        f"{layer.attention} has no module that makes the values: its attention cannot be "
+        "written as pattern x values x output; use method='autograd'"
     )
 
 
-def _check_residual(frozen: FrozenModel, sites: Sites, run: Run) -> None:
-    """The residual stream must be the sum of the parts that ``sites`` says it is the sum of."""
+def not_explained(layer: LayerSites, difference: float) -> SiteError:
+    """The error of an attention that pattern, values and output do not reproduce."""
+    return SiteError(
+        f"{layer.attention} cannot be written as pattern x values x output: its output differs by "
+        f"{difference:.1e} (relative). Pass value=, value_layout= or out_proj= to resolve_sites, "
+        "or use method='autograd'"
+    )
+
+
+def check_residual(sites: Sites, run: Run, norms: Mapping[str, FrozenNorm]) -> None:
+    """Check that the residual stream is the sum of the parts that ``sites`` says it is the sum of.
+
+    Raises:
+        SiteError: It is not.
+    """
     dtype, limit = attribution_dtype(run.final.dtype), TOLERANCE[run.final.dtype]
     if run.position_embedding is not None:
         start = run.embedding.to(dtype) + run.position_embedding.to(dtype)
         _require(start, run.resid[0], limit, f"the input of {sites.layers[0].block}", "embeddings")
     for number, (here, after) in enumerate(pairwise([*run.resid, run.final])):
-        layer, block = frozen.layers[number], sites.layers[number].block
+        layer = sites.layers[number]
         attended = run.attended[number].to(dtype)
         if layer.attention_post_norm is not None:
-            attended = layer.attention_post_norm.forward(attended)
+            attended = norms[layer.attention_post_norm].forward(attended)
         mid = here.to(dtype) + attended
         if not sites.parallel:
-            what = f"the MLP's residual input in {block}"
+            what = f"the MLP's residual input in {layer.block}"
             _require(mid, run.mid[number], limit, what, "block input + attention")
         total = mid + run.mlp_post[number].to(dtype)
-        _require(total, after, limit, f"the output of {block}", "block input + attention + MLP")
+        what = f"the output of {layer.block}"
+        _require(total, after, limit, what, "block input + attention + MLP")
 
 
 def _require(found: Tensor, expected: Tensor, limit: float, what: str, parts: str) -> None:
@@ -277,7 +253,7 @@ def _require(found: Tensor, expected: Tensor, limit: float, what: str, parts: st
 
 
 def logit_directions(
-    module: nn.Module, sites: Sites, tokens: Tensor, dtype: torch.dtype
+    module: nn.Module | ModelWeights, sites: Sites, tokens: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Demeaned logit directions ``W_U[v] - mean_v W_U`` of some tokens, and their biases.
 
@@ -285,8 +261,7 @@ def logit_directions(
         ``(n, D)`` directions after the final norm, and ``(n,)`` the unembedding's biases minus
         their mean (zero where it has none).
     """
-    unembed = module.get_submodule(sites.unembed)
-    weight, bias = linear_weight(unembed, sites.d_model, dtype)
+    weight, bias = weights_of(module).linear(sites.unembed, sites.d_model, dtype)
     rows = weight[tokens] - weight.mean(0)
     if bias is None:
         return rows, torch.zeros(len(tokens), dtype=dtype, device=rows.device)

@@ -25,6 +25,7 @@ from nnsight_transcoders.errors import InputError
 
 from . import graph_views
 from . import prune as _prune
+from .graph_exports import GraphExports
 from .graph_io import KINDS, read_graph, write_graph
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class Node:
 
 
 @dataclass(frozen=True, eq=False)
-class AttributionGraph:
+class AttributionGraph(GraphExports):
     """A prompt's attribution graph. Tensors of length N have one entry per node.
 
     Attributes:

@@ -43,10 +43,13 @@ def to_networkx(graph: AttributionGraph) -> networkx.DiGraph:
 def summary(graph: AttributionGraph, top: int) -> str:
     """See ``AttributionGraph.summary``."""
     counts = ", ".join(f"{len(graph.of_kind(kind))} {kind}" for kind in KINDS)
+    error = f"completeness error {graph.completeness_error:.1e}"
+    if graph.metadata.get("totals") == "not recorded":  # read from another tool's file
+        error = "completeness not recorded"
     lines = [
         f"AttributionGraph of {''.join(graph.tokens)!r}",
         f"  {graph.n_nodes} nodes ({counts}), {graph.n_edges} edges",
-        f"  completeness error {graph.completeness_error:.1e}   replacement score "
+        f"  {error}   replacement score "
         f"{graph.replacement_score:.3f}   completeness score {graph.completeness_score:.3f}",
     ]
     logits = graph.of_kind("logit").tolist()

@@ -5,13 +5,12 @@ with such a vector, does not depend on the input once norms count with their gai
 without their denominators, and attention patterns are left out (section 4.1 of Dunefsky, Chlenski,
 Nanda 2024). ``virtual_weights.py`` multiplies what is made here.
 
-Legend: n vectors, D d_model, F features of a layer, W layers written to, m = heads x width of a
-head.
+Legend: n vectors, D d_model, F features of a layer, W layers written to, V vocabulary.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -21,39 +20,18 @@ from torch import Tensor
 from nnsight_transcoders.errors import InputError, SiteError
 from nnsight_transcoders.models import hf_module
 from nnsight_transcoders.norms import probed_spec
+from nnsight_transcoders.remote.server import Remote, remote_server
 from nnsight_transcoders.sets import TranscoderSet
 from nnsight_transcoders.sites import Sites, resolve_sites
 
 from .collect import Run, collect
-from .freeze import MlpSide, attribution_dtype, freeze, freeze_norms, linear_weight
+from .freeze import MlpSide, attribution_dtype, freeze, freeze_norms
 from .linear import FrozenNorm
+from .model_weights import linear_weight
+from .ov import OVCircuit, head_circuit
 
 #: An attention layer and one of its heads, or all of them together.
 Head = tuple[int, int | None]
-
-
-@dataclass(frozen=True)
-class OVCircuit:
-    """What some heads of one layer do to a vector of the stream, per unit of attention.
-
-    Attributes:
-        layer: Their layer.
-        value: ``(m, D)`` value rows, the norm before attention folded in; under grouped-query
-            attention a head has those of its group.
-        out: ``(D, m)`` output columns, the norm behind attention folded in.
-    """
-
-    layer: int
-    value: Tensor
-    out: Tensor
-
-    def forward(self, written: Tensor) -> Tensor:
-        """``W_V W_O`` of vectors ``(n, D)`` before attention: what the heads move to later ones."""
-        return (written @ self.value.T) @ self.out.T
-
-    def pull_back(self, read: Tensor) -> Tensor:
-        """The transpose: cotangents ``(n, D)`` after attention to those before it."""
-        return (read @ self.out) @ self.value
 
 
 class InvariantModel:
@@ -168,17 +146,24 @@ class InvariantModel:
             self.module, one, _cut(run, number), norms, [MlpSide("R", None, None, None)]
         )
         layer = frozen.layers[0]
-        attention, width = layer.attention, layer.attention.head_dim
-        value, out = attention.W_V, attention.W_O
-        if layer.attention_norm is not None:
-            value = layer.attention_norm.fold_in(value)
-        if layer.attention_post_norm is not None:
-            out = layer.attention_post_norm.fold_out(out.T).T
-        group = self.sites.n_heads // (len(value) // width)
         heads = range(self.sites.n_heads) if index is None else [index]
-        value = value.unflatten(0, (-1, width))[[h // group for h in heads]].flatten(0, 1)
-        out = out.unflatten(1, (-1, width))[:, list(heads)].flatten(1)
-        return OVCircuit(number, self.cast(value), self.cast(out))
+        circuit = head_circuit(
+            number,
+            layer.attention,
+            layer.attention_norm,
+            layer.attention_post_norm,
+            heads,
+            self.sites.n_heads,
+        )
+        return OVCircuit(number, self.cast(circuit.value), self.cast(circuit.out))
+
+    def push(self, head: Head, vectors: Tensor) -> Tensor:
+        """Vectors ``(n, D)`` before attention through a head's OV circuit."""
+        return self.ov(head).forward(self.cast(vectors))
+
+    def pull(self, head: Head, vectors: Tensor) -> Tensor:
+        """Cotangents ``(n, D)`` after attention through its transpose."""
+        return self.ov(head).pull_back(self.cast(vectors))
 
     @cached_property
     def _probe(self) -> tuple[Run, dict[str, FrozenNorm]]:
@@ -189,17 +174,28 @@ class InvariantModel:
 
     # -- the vocabulary --------------------------------------------------------------------------
 
-    @property
-    def embedding(self) -> Tensor:
-        """``W_E (V, D)``."""
+    def on_tokens(self, vectors: Tensor) -> Tensor:
+        """Products of vectors ``(n, D)`` with every token's embedding: ``(n, V)``."""
         module: Any = self.module.get_submodule(self.sites.embed)
-        return self.cast(module.weight)
+        return self.cast(vectors) @ self.cast(module.weight).T
 
-    @property
-    def unembedding(self) -> Tensor:
-        """``W_U (V, D)``."""
+    def on_logits(self, vectors: Tensor) -> Tensor:
+        """Products of vectors ``(n, D)`` with every row of the unembedding: ``(n, V)``."""
         module = self.module.get_submodule(self.sites.unembed)
-        return self.cast(linear_weight(module, self.sites.d_model, self.dtype)[0])
+        weight = linear_weight(module, self.sites.d_model, self.dtype)[0]
+        return self.cast(vectors) @ self.cast(weight).T
+
+
+def invariant_model(
+    model: Any, sites: Sites | None = None, remote: Remote | None = None
+) -> InvariantModel:
+    """The ``InvariantModel`` of a model that is here, or of one on a server."""
+    server = remote_server(remote)
+    if server is None:
+        return InvariantModel(model, sites)
+    from .remote_invariant import RemoteInvariantModel
+
+    return RemoteInvariantModel(model, sites, server)
 
 
 def _cut(run: Run, layer: int) -> Run:

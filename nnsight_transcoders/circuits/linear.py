@@ -25,6 +25,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from .folded import FoldedLayer
+
 
 @dataclass(frozen=True)
 class FrozenNorm:
@@ -57,6 +59,10 @@ class FrozenNorm:
         out = self.linear(x_BTD)
         return out if self.bias is None else out + self.bias
 
+    def adjoint(self, g_BTD: Tensor) -> Tensor:
+        """The transpose of ``linear``, of cotangents at the first T positions."""
+        return self.fold_in(g_BTD) * self.scale[: g_BTD.shape[-2]]
+
     def adjoint_at(self, g_BD: Tensor, positions: Tensor) -> Tensor:
         """The transpose ``g -> P (gain * g) * scale`` of cotangents that stand at one position
         each: ``(B, D)`` and ``(B,)``."""
@@ -80,8 +86,10 @@ class FrozenAttention:
     """One layer's attention at the patterns of one run.
 
     Attributes:
-        pattern: ``(H, T, T)``, destination then source; rows may sum to less than one (sinks).
-        W_V: ``(K * E, D)`` as a linear layer's weight.
+        pattern: ``(H, T, T)``, destination then source; rows may sum to less than one (sinks). In
+            the dtype of the run, which may be narrower than that of the weights: it is by far the
+            largest part of a long prompt, so it is converted piece by piece where it is used.
+        W_V: ``(K * E, D)`` as a linear layer's weight, in the model's dtype; so are the others.
         b_V: ``(K * E,)`` or None.
         W_O: ``(D, H * E)`` as a linear layer's weight.
         b_O: ``(D,)`` or None.
@@ -105,18 +113,18 @@ class FrozenAttention:
 
     def linear(self, x_BTD: Tensor) -> Tensor:
         """Attention without biases."""
-        return self._mix(x_BTD @ self.W_V.T)
+        return self._mix(x_BTD @ self.W_V.T.to(x_BTD.dtype))
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Attention with the biases of values and output."""
-        v = x_BTD @ self.W_V.T
+        v = x_BTD @ self.W_V.T.to(x_BTD.dtype)
         out = self._mix(v if self.b_V is None else v + self.b_V)
         return out if self.b_O is None else out + self.b_O
 
     def _mix(self, v: Tensor) -> Tensor:
         v_BSKE = v.unflatten(-1, (-1, self.head_dim))
-        z = torch.einsum("kgts,...ske->...tkge", self.pattern_KgTS, v_BSKE)
-        return z.flatten(-3) @ self.W_O.T
+        z = torch.einsum("kgts,...ske->...tkge", self.pattern_KgTS.to(v.dtype), v_BSKE)
+        return z.flatten(-3) @ self.W_O.T.to(v.dtype)
 
 
 @dataclass(frozen=True)
@@ -147,92 +155,9 @@ class FrozenLayer:
         return r_BTD
 
 
-class FoldedLayer:
-    """The transpose of one block's linear parts, as few matrix products as it takes.
-
-    Denominators go into the pattern's rows (after attention) and columns (before it), gains and
-    centring into the weights; likewise for the skip path from the output to the input site.
-
-    Args:
-        layer: The block.
-    """
-
-    def __init__(self, layer: FrozenLayer) -> None:
-        attention = layer.attention
-        pattern, self._out, self._value = attention.pattern_KgTS, attention.W_O, attention.W_V
-        self._head_dim = attention.head_dim
-        if (norm := layer.attention_norm) is not None:
-            pattern = pattern * norm.scale.view(1, 1, 1, -1)
-            self._value = norm.fold_in(self._value)
-        if (norm := layer.attention_post_norm) is not None:
-            pattern = pattern * norm.scale.view(1, 1, -1, 1)
-            self._out = norm.fold_out(self._out.T).T
-        self._pattern = pattern
-        self._skip = self._skip_scale = None
-        if layer.skip is not None:
-            skip, scale = layer.skip, pattern.new_ones(pattern.shape[-1], 1)
-            if layer.write is not None:
-                skip, scale = layer.write.fold_out(skip.T).T, scale * layer.write.scale
-            if layer.read is not None:
-                skip, scale = layer.read.fold_in(skip), scale * layer.read.scale
-            self._skip, self._skip_scale = skip, scale
-
-    def values(self, g_BTD: Tensor) -> Tensor:
-        """Cotangents after attention -> cotangents of the values ``(B * T, K * E)``."""
-        n_batch, n_positions, _ = g_BTD.shape
-        pattern = self._pattern[..., :n_positions, :n_positions]
-        n_values, group = pattern.shape[:2]
-        z = (g_BTD.flatten(0, 1) @ self._out).view(
-            n_batch, n_positions, n_values, group, self._head_dim
-        )
-        z = z.permute(2, 3, 1, 0, 4).reshape(n_values, group * n_positions, -1)
-        mixed = pattern.permute(0, 3, 1, 2).flatten(2) @ z
-        mixed = mixed.view(n_values, n_positions, n_batch, self._head_dim)
-        return mixed.permute(2, 1, 0, 3).reshape(n_batch * n_positions, -1)
-
-    def add_attention(self, g_BTD: Tensor, values: Tensor) -> None:
-        """Add to ``g``, in place, what comes back through the values."""
-        g_BTD.flatten(0, 1).addmm_(values, self._value)
-
-    def head_terms(self, g_D: Tensor, position: int, r_SD: Tensor) -> Tensor:
-        """What each head moves from each source position into a cotangent at ``position``.
-
-        Args:
-            g_D: The cotangent after attention.
-            position: Where it stands.
-            r_SD: The residual stream that attention reads, positions up to ``position`` at least.
-
-        Returns:
-            ``(H, S)`` with ``S = position + 1``; its sum is attention's linear part.
-        """
-        n_sources = position + 1
-        pattern_KgS = self._pattern[:, :, position, :n_sources]
-        n_values, group, _ = pattern_KgS.shape
-        z_KgE = (g_D @ self._out).view(n_values, group, self._head_dim)
-        v_SKE = (r_SD[:n_sources] @ self._value.T).view(n_sources, n_values, self._head_dim)
-        terms = torch.einsum("kgs,ske,kge->kgs", pattern_KgS, v_SKE, z_KgE)
-        return terms.flatten(0, 1)
-
-    def pull_back(self, g_D: Tensor, position: int, head: int, source: int) -> Tensor:
-        """The cotangent ``(D,)`` that one head puts at one source position: its OV circuit's
-        transpose, times the attention paid."""
-        n_values, group = self._pattern.shape[:2]
-        value, member = divmod(head, group)
-        rows = slice(value * self._head_dim, (value + 1) * self._head_dim)
-        z_E = (g_D @ self._out).view(n_values, group, self._head_dim)[value, member]
-        return self._pattern[value, member, position, source] * (z_E @ self._value[rows])
-
-    def skipped(self, g_BTD: Tensor) -> Tensor | None:
-        """What comes back through the transcoder's skip path, at the residual stream it reads."""
-        if self._skip is None or self._skip_scale is None:
-            return None
-        return (g_BTD * self._skip_scale[: g_BTD.shape[1]]) @ self._skip
-
-    def skipped_at(self, g_D: Tensor, position: int) -> Tensor:
-        """``skipped`` of one cotangent at one position; zero without a skip path."""
-        if self._skip is None or self._skip_scale is None:
-            return torch.zeros_like(g_D)
-        return (g_D * self._skip_scale[position]) @ self._skip
+#: Places where a sweep stops besides the output sites 0, 1, ...: the embedding, and the stream
+#: behind the first block's attention (of models whose attention comes before the MLP).
+EMBEDDING, ATTENDED = -1, -2
 
 
 @dataclass(frozen=True)
@@ -287,13 +212,30 @@ class FrozenModel:
 
     @cached_property
     def folded(self) -> list[FoldedLayer]:
-        """The blocks' transposes; made on first use and kept, a copy of the V and O weights."""
-        return [FoldedLayer(layer) for layer in self.layers]
+        """The blocks' transposes; made on first use and kept, a copy of V (and O) weights."""
+        return [FoldedLayer(layer, self.dtype) for layer in self.layers]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which it computes."""
+        return self.final_norm.scale.dtype
+
+    def fold(self, number: int) -> FoldedLayer:
+        """One of ``folded``; of a half-precision model it is made for the moment and not kept."""
+        layer = self.layers[number]
+        if layer.attention.W_O.dtype == self.dtype or "folded" in self.__dict__:
+            return self.folded[number]
+        return FoldedLayer(layer, self.dtype)
 
     def to_stream(self, layer: int, vectors: Tensor, positions: Tensor) -> Tensor:
         """What vectors ``(m, D)`` at layer ``layer``'s output site add to the residual stream."""
         write = self.layers[layer].write
         return vectors if write is None else write.linear_at(vectors, positions)
+
+    def at_output(self, layer: int, g_BTD: Tensor) -> Tensor:
+        """Cotangents of layer ``layer``'s contribution to the stream, at its output site."""
+        write = self.layers[layer].write
+        return g_BTD if write is None else write.adjoint(g_BTD)
 
     def sweep(self, targets: Targets) -> Iterator[tuple[int, Tensor]]:
         """Cotangents of the residual stream below the targets, from the top down.
@@ -304,26 +246,29 @@ class FrozenModel:
         Yields:
             ``(layer, g)`` with ``g (n, T', D)`` the cotangents at that layer's contribution to the
             stream of the first ``n`` targets (those above it), and at last ``(-1, g)`` with those
-            of all targets at the embedding. ``T'`` is the last target's position plus one.
+            of all targets at the embedding; before that, where attention comes before the MLP,
+            ``(-2, g)`` with those behind the first block's attention. ``T'`` is the last target's
+            position plus one.
         """
         n_positions = int(targets.position.max()) + 1
         buffer = targets.vector.new_zeros(len(targets.vector), n_positions, targets.vector.shape[1])
-        n = self._enter(buffer, targets, self.n_layers, self.final_norm)
+        n, crossed = self._enter(buffer, targets, self.n_layers, self.final_norm), 0
         top = int(targets.layer.max().clamp_max(self.n_layers - 1))
         for number in range(top, -1, -1):
-            layer, folded, g = self.layers[number], self.folded[number], buffer[:n]
+            layer, folded, g = self.layers[number], self.fold(number), buffer[:n]
             if n:
                 yield number, g
                 skipped = folded.skipped(g)
-                values = folded.values(g) if self.parallel else None
+                if self.parallel:
+                    crossed = folded.cross(g, crossed, targets.position[:n])
                 if skipped is not None:
                     g += skipped
-                if values is not None:
-                    folded.add_attention(g, values)
             n = self._enter(buffer, targets, number, layer.read)
             if n and not self.parallel:
-                folded.add_attention(buffer[:n], folded.values(buffer[:n]))
-        yield -1, buffer
+                if number == 0:
+                    yield ATTENDED, buffer
+                crossed = folded.cross(buffer[:n], crossed, targets.position[:n])
+        yield EMBEDDING, buffer
 
     def _enter(self, buffer: Tensor, targets: Targets, layer: int, norm: FrozenNorm | None) -> int:
         """Put the targets that stand at ``layer``'s input site into their rows of the buffer.

@@ -15,6 +15,10 @@ from torch import Tensor
 
 from nnsight_transcoders.errors import InputError
 
+#: Edges looked at together: a long prompt's graph has a hundred million, and a double-precision
+#: copy of all of them would be larger than the graph.
+EDGES_AT_A_TIME = 4 * 2**20
+
 
 def normalised_weights(target: Tensor, weight: Tensor, n_nodes: int) -> Tensor:
     """``(E,)``: ``|weight|`` divided by the sum over the same target's edges."""
@@ -22,6 +26,16 @@ def normalised_weights(target: Tensor, weight: Tensor, n_nodes: int) -> Tensor:
     sums = torch.zeros(n_nodes, dtype=size.dtype, device=size.device)
     sums.index_add_(0, target, size)
     return size / sums[target].clamp_min(1e-300)
+
+
+def _incoming(target: Tensor, weight: Tensor, n_nodes: int) -> Tensor:
+    """``(N,)``: the sum of ``|weight|`` over each target's edges, in double precision."""
+    sums = torch.zeros(n_nodes, dtype=torch.float64, device=weight.device)
+    for part, into in zip(
+        weight.split(EDGES_AT_A_TIME), target.split(EDGES_AT_A_TIME), strict=True
+    ):
+        sums.index_add_(0, into, part.abs().double())
+    return sums
 
 
 def influence(
@@ -32,12 +46,14 @@ def influence(
     Raises:
         InputError: The edges have a cycle, so that the series does not end.
     """
-    share = normalised_weights(target, weight, n_nodes)
-    reached = logit_weights.to(share.dtype)
+    incoming = _incoming(target, weight, n_nodes).clamp_min_(1e-300)
+    edges = [column.split(EDGES_AT_A_TIME) for column in (source, target, weight)]
+    reached = logit_weights.double()
     total = torch.zeros_like(reached)
     for _ in range(n_nodes + 1):
-        step = torch.zeros_like(reached)
-        step.index_add_(0, source, reached[target] * share)
+        step, per_weight = torch.zeros_like(reached), reached / incoming
+        for start, into, size in zip(*edges, strict=True):
+            step.index_add_(0, start, per_weight[into] * size.abs())
         if not step.any():
             return total
         total += step
@@ -58,10 +74,9 @@ def completeness_score(
 ) -> float:
     """Mean share of a node's input that is not from error nodes, weighted by its influence."""
     n_nodes = len(output_influence)
-    share = normalised_weights(target, weight, n_nodes)
-    from_error = torch.zeros(n_nodes, dtype=share.dtype, device=share.device)
     errors = is_error[source]
-    from_error.index_add_(0, target[errors], share[errors])
+    from_error = _incoming(target[errors], weight[errors], n_nodes)
+    from_error /= _incoming(target, weight, n_nodes).clamp_min_(1e-300)
     total = output_influence.sum()
     if total == 0:
         return 1.0

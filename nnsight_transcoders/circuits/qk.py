@@ -84,10 +84,16 @@ def qk_attribution(
         destination: The position that looks, not before the source.
 
     Raises:
-        InputError: A layer, head or position that there is not.
+        InputError: A layer, head or position that there is not; a run of a remote model, whose
+            queries and keys are not here.
         SiteError: This attention's scores are not scaled queries x keys made from its input by
             projections, norms and a rotary embedding, plus a constant (ALiBi).
     """
+    if circuit.remote:
+        raise InputError(
+            "the scores of a remote model's attention cannot be taken apart: its query and key "
+            "maps are not here. Heads' outputs can: circuit.contributions(target)"
+        )
     sites, length = circuit.sites, circuit.run.n_positions
     for name, value, size in (("layer", layer, sites.n_layers), ("head", head, sites.n_heads)):
         if not 0 <= value < size:

@@ -81,10 +81,11 @@ def _features(
         return [], torch.empty(0)
     rows = (active.position == position).nonzero().flatten()
     at = torch.full_like(rows, position)
-    vectors = torch.zeros_like(active.decoder[rows, 0])
+    decoder = active.decoder_of(rows)
+    vectors = torch.zeros_like(decoder[:, 0])
     for j, target in enumerate(active.targets):
         if target < limit:
-            vectors += circuit.frozen.to_stream(target, active.decoder[rows, j], at)
+            vectors += circuit.frozen.to_stream(target, decoder[:, j], at)
     names = [Component("feature", source, position, i) for i in active.index[rows].tolist()]
     return names, vectors * active.activation[rows, None]
 

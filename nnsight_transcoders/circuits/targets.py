@@ -14,6 +14,7 @@ from nnsight_transcoders.sites import Sites
 
 from .collect import Run
 from .freeze import logit_directions
+from .model_weights import ModelWeights
 
 #: A token as text or id, or a named direction ``(d_model,)`` in the unembedding's space.
 Target = str | int | tuple[str, Tensor]
@@ -51,7 +52,7 @@ class TargetSpec:
 
 def choose_targets(
     model: Any,
-    module: nn.Module,
+    module: nn.Module | ModelWeights | None,
     sites: Sites,
     run: Run,
     final: Tensor,
@@ -63,7 +64,8 @@ def choose_targets(
 
     Args:
         model: The nnsight model, for its tokenizer.
-        module: The Hugging Face module.
+        module: The Hugging Face module, or where else its unembedding is; None leaves the
+            directions of tokens zero, to be filled in where the unembedding is.
         sites: Its sites.
         run: The run, with logits at the targets' position.
         final: ``(D,)`` the final norm's output at that position, in the attribution's dtype.
@@ -78,15 +80,41 @@ def choose_targets(
     if targets is None:
         tokens = likely_tokens(run.probabilities[0], max_n_logits, desired_logit_prob)
         return _tokens(model, module, sites, run, tokens.tolist(), final.dtype)
+    if named := _named(targets):
+        return _directions(named, final)
+    ids = [_token_id(model, sites, t) for t in targets if not isinstance(t, tuple)]
+    return _tokens(model, module, sites, run, ids, final.dtype)
+
+
+def check_targets(
+    model: Any,
+    sites: Sites,
+    targets: Sequence[Target] | None,
+    max_n_logits: int,
+    desired_logit_prob: float,
+) -> None:
+    """Check targets before there is a run: what ``choose_targets`` would refuse then.
+
+    Raises:
+        InputError: See ``choose_targets`` and ``likely_tokens``.
+    """
+    if targets is None:
+        likely_tokens(torch.ones(1), max_n_logits, desired_logit_prob)
+    elif named := _named(targets):
+        _directions(named, torch.zeros(sites.d_model))
+    else:
+        for target in targets:
+            if not isinstance(target, tuple):
+                _token_id(model, sites, target)
+
+
+def _named(targets: Sequence[Target]) -> list[tuple[str, Tensor]]:
     if not len(targets):
         raise InputError("targets is empty: leave it out for the likely next tokens")
     named = [t for t in targets if isinstance(t, tuple)]
     if named and len(named) < len(targets):
         raise InputError("targets must be all tokens or all (name, direction) pairs")
-    if named:
-        return _directions(named, final)
-    ids = [_token_id(model, sites, t) for t in targets if not isinstance(t, tuple)]
-    return _tokens(model, module, sites, run, ids, final.dtype)
+    return named
 
 
 def likely_tokens(probabilities: Tensor, max_n_logits: int, desired: float) -> Tensor:
@@ -105,10 +133,19 @@ def likely_tokens(probabilities: Tensor, max_n_logits: int, desired: float) -> T
 
 
 def _tokens(
-    model: Any, module: nn.Module, sites: Sites, run: Run, ids: list[int], dtype: torch.dtype
+    model: Any,
+    module: nn.Module | ModelWeights | None,
+    sites: Sites,
+    run: Run,
+    ids: list[int],
+    dtype: torch.dtype,
 ) -> TargetSpec:
     index = torch.tensor(ids, device=run.final.device)
-    direction, bias = logit_directions(module, sites, index, dtype)
+    if module is None:
+        direction = torch.zeros(len(ids), sites.d_model, dtype=dtype, device=index.device)
+        bias = direction[:, 0]
+    else:
+        direction, bias = logit_directions(module, sites, index, dtype)
     logits = run.logits[0].to(dtype)
     tokenizer = getattr(model, "tokenizer", None)
     names = [f"<{i}>" if tokenizer is None else tokenizer.decode([i]) for i in ids]

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from nnsight_transcoders.errors import InputError
+from nnsight_transcoders.remote.server import Remote
 from nnsight_transcoders.sets import TranscoderSet
 from nnsight_transcoders.sites import Sites
 
-from .invariant import Head, InvariantModel
+from .invariant import Head, InvariantModel, invariant_model
 
 #: A layer and some of its features.
 Features = tuple[int, Sequence[int] | Tensor]
@@ -35,6 +36,7 @@ def virtual_weights(
     *,
     head: Head | None = None,
     sites: Sites | None = None,
+    remote: Remote | None = None,
 ) -> Tensor:
     """How much a unit of each source feature adds to each target feature's pre-activation.
 
@@ -46,6 +48,8 @@ def virtual_weights(
         head: None for the direct path through the residual stream; ``(layer, head)`` for the path
             through one head's OV circuit, ``(layer, None)`` through all heads of a layer.
         sites: The model's sites, where they have to be given by hand.
+        remote: The model is on a server: True, an address, or a ``RemoteServer``. Products with its
+            weights are made there; only vectors travel.
 
     Returns:
         ``(n, m)``, before denominators and attention weights.
@@ -53,7 +57,7 @@ def virtual_weights(
     Raises:
         InputError: Nothing that the source writes can reach the target on this path.
     """
-    invariant = InvariantModel(model, sites)
+    invariant = invariant_model(model, sites, remote)
     if head is not None:
         invariant.check_head(head)
     limit = invariant.limit(target[0], head)
@@ -68,8 +72,7 @@ def virtual_weights(
     read = invariant.read(transcoders, target[0], transcoders.rows(target[0], target[1], "encoder"))
     if head is None:
         return written @ read.T
-    ov = invariant.ov(head)
-    return (written @ ov.value.T) @ (read @ ov.out).T
+    return invariant.push(head, written) @ read.T
 
 
 def read_vectors(
@@ -79,11 +82,12 @@ def read_vectors(
     features: Sequence[int] | Tensor,
     *,
     sites: Sites | None = None,
+    remote: Remote | None = None,
 ) -> Tensor:
     """Encoder rows as vectors ``(n, D)`` of the stream: what features read (the paper's *feature
     vectors*); pull them back with ``pull_back`` and look at them with ``de_embed``."""
     rows = transcoders.rows(layer, features, "encoder")
-    return InvariantModel(model, sites).read(transcoders, layer, rows)
+    return invariant_model(model, sites, remote).read(transcoders, layer, rows)
 
 
 def write_vectors(
@@ -93,16 +97,23 @@ def write_vectors(
     features: Sequence[int] | Tensor,
     *,
     sites: Sites | None = None,
+    remote: Remote | None = None,
 ) -> Tensor:
     """Decoder rows as vectors ``(n, D)`` of the stream, a cross-layer feature's summed over the
     layers it writes to; move them with ``push_forward`` and look at them with ``logits_of``."""
-    invariant = InvariantModel(model, sites)
+    invariant = invariant_model(model, sites, remote)
     rows = transcoders.rows(layer, features, "decoder")
     return invariant.written_below(transcoders, layer, rows, invariant.sites.n_layers)
 
 
 def pull_back(
-    model: Any, vectors: Tensor, layer: int, head: int | None = None, *, sites: Sites | None = None
+    model: Any,
+    vectors: Tensor,
+    layer: int,
+    head: int | None = None,
+    *,
+    sites: Sites | None = None,
+    remote: Remote | None = None,
 ) -> Tensor:
     """Vectors that read the stream after a layer's attention, as they read it before through a
     head: the exact transpose of its OV circuit.
@@ -113,41 +124,53 @@ def pull_back(
         layer: The attention's layer.
         head: Which head; None for all together. Under grouped-query attention, a query head.
         sites: The model's sites, where they have to be given by hand.
+        remote: The model is on a server: True, an address, or a ``RemoteServer``. Products with its
+            weights are made there; only vectors travel.
 
     Returns:
         ``(n, D)``, per unit of attention, biases apart.
     """
-    invariant = InvariantModel(model, sites)
-    return invariant.ov((layer, head)).pull_back(_vectors(invariant, vectors))
+    invariant = invariant_model(model, sites, remote)
+    return invariant.pull((layer, head), _vectors(invariant, vectors))
 
 
 def push_forward(
-    model: Any, vectors: Tensor, layer: int, head: int | None = None, *, sites: Sites | None = None
+    model: Any,
+    vectors: Tensor,
+    layer: int,
+    head: int | None = None,
+    *,
+    sites: Sites | None = None,
+    remote: Remote | None = None,
 ) -> Tensor:
     """What a head writes at a later position of vectors ``(n, D)`` before its layer's attention:
     ``pull_back`` the other way."""
-    invariant = InvariantModel(model, sites)
-    return invariant.ov((layer, head)).forward(_vectors(invariant, vectors))
+    invariant = invariant_model(model, sites, remote)
+    return invariant.push((layer, head), _vectors(invariant, vectors))
 
 
-def de_embed(model: Any, vectors: Tensor, *, sites: Sites | None = None) -> Tensor:
+def de_embed(
+    model: Any, vectors: Tensor, *, sites: Sites | None = None, remote: Remote | None = None
+) -> Tensor:
     """How much each token's embedding adds to vectors ``(n, D)`` that read the stream: ``(n, V)``.
 
     ``de_embed(read_vectors(...))`` is ``de_embeddings``; the vectors may be pulled back before.
     """
-    invariant = InvariantModel(model, sites)
-    return _vectors(invariant, vectors) @ invariant.embedding.T
+    invariant = invariant_model(model, sites, remote)
+    return invariant.on_tokens(_vectors(invariant, vectors))
 
 
-def logits_of(model: Any, vectors: Tensor, *, sites: Sites | None = None) -> Tensor:
+def logits_of(
+    model: Any, vectors: Tensor, *, sites: Sites | None = None, remote: Remote | None = None
+) -> Tensor:
     """Direct effect on the logits, less its mean, of vectors ``(n, D)`` in the stream: ``(n, V)``.
 
     ``logits_of(write_vectors(...))`` is ``logit_effects``; push the vectors forward before, if need
     be.
     """
-    invariant = InvariantModel(model, sites)
+    invariant = invariant_model(model, sites, remote)
     final = invariant.norm(invariant.sites.final_norm).fold_out(_vectors(invariant, vectors))
-    effects = final @ invariant.unembedding.T
+    effects = invariant.on_logits(final)
     return effects - effects.mean(-1, keepdim=True)
 
 

@@ -5,7 +5,7 @@ One module per subject; each registers its commands on ``app``.
 
 from __future__ import annotations
 
-from . import graphs, sets  # noqa: F401  (registers their commands)
+from . import graphs, interop, measures, sets, training, views  # noqa: F401  (registers their commands)
 from .app import app
 
 __all__ = ["app"]

@@ -97,6 +97,25 @@ def load_model(name: str, dtype: str = "float32", device: str = "cpu") -> Any:
         raise InputError(f"cannot load the model {name!r}: {error}") from error
 
 
+def load_remote_model(name: str) -> Any:
+    """An nnsight model without its weights, for a model that a server holds.
+
+    Raises:
+        InputError: No such model.
+    """
+    from nnsight import TransformersModel
+    from transformers import AutoTokenizer
+
+    from nnsight_transcoders.builtin import builtin_model_path
+
+    path = builtin_model_path() if name == "builtin" else name
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        return TransformersModel(path, task="text-generation", tokenizer=tokenizer)
+    except (OSError, ValueError) as error:  # what transformers raises for a name or a folder
+        raise InputError(f"cannot load the model {name!r}: {error}") from error
+
+
 def _check_device(name: str) -> None:
     import torch
 

@@ -22,6 +22,7 @@ from .app import (
     check_text,
     errors_as_messages,
     load_model,
+    load_remote_model,
     load_set,
     parse_layers,
     writable,
@@ -49,6 +50,8 @@ def trace(
     option: Options = None,
     dtype: Dtype = "float32",
     device: Device = "cpu",
+    remote: Annotated[str, typer.Option(help="NDIF server, or 'ndif' for nnsight's own.")] = "",
+    keep: Annotated[Path | None, typer.Option(help="Folder to resume a remote graph.")] = None,
     as_json: Json = False,
 ) -> None:
     """Trace the circuit of a prompt: writes graph.safetensors and circuit.html."""
@@ -62,7 +65,7 @@ def trace(
         chosen = load_set(transcoders, model, option, revision=revision, format=format_name)
         if layers:
             chosen = chosen.subset(parse_layers(layers))
-        loaded = load_model(model, dtype, device)
+        loaded = load_remote_model(model) if remote else load_model(model, dtype, device)
         graph = attribute(
             loaded,
             chosen,
@@ -72,11 +75,15 @@ def trace(
             max_n_logits=max_n_logits,
             desired_logit_prob=desired_logit_prob,
             verbose=not as_json,
+            remote=True if remote == "ndif" else remote or None,
+            keep=keep,
         )
         pruned = graph.prune(node_threshold, edge_threshold)
         graph_file = graph.save(out_folder / "graph.safetensors")
         page = out_folder / "circuit.html"
-        pruned.to_html(page, feature_details=feature_details(loaded, chosen, pruned))
+        # What a feature's page shows beside its edges needs the model's embeddings.
+        details = None if remote else feature_details(loaded, chosen, pruned)
+        pruned.to_html(page, feature_details=details)
     if as_json:
         files = {"graph_file": str(graph_file), "page": str(page)}
         print_json(graph_info(graph) | {"pruned": graph_info(pruned)} | files)

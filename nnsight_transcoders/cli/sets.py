@@ -21,6 +21,7 @@ from .app import (
     app,
     errors_as_messages,
     load_model,
+    load_remote_model,
     load_set,
     read_lines,
 )
@@ -62,6 +63,7 @@ def verify(
     model: Model = "builtin",
     transcoders: Transcoders = "",
     text: Annotated[Path | None, typer.Option(help="Text file, one text per line.")] = None,
+    remote: Annotated[str, typer.Option(help="NDIF server, or 'ndif' for nnsight's own.")] = "",
     revision: Revision = None,
     format_name: FormatName = None,
     option: Options = None,
@@ -75,7 +77,9 @@ def verify(
 
         lines = None if text is None else read_lines(text)
         chosen = load_set(transcoders, model, option, revision=revision, format=format_name)
-        report = run(load_model(model, dtype, device), chosen, lines, verbose=not as_json)
+        loaded = load_remote_model(model) if remote else load_model(model, dtype, device)
+        where = True if remote == "ndif" else remote or None
+        report = run(loaded, chosen, lines, remote=where, verbose=not as_json)
     if as_json:
         print_json(report.to_dict())
     else:

@@ -131,7 +131,7 @@ def test_ablation_in_the_frozen_model_is_the_edge(kind: str) -> None:
         zero = torch.zeros(len(IDS), zoo.D_MODEL, dtype=torch.float64)
         change = frozen.frozen.replay(zero, outputs, constants=False)
         for layer, features in active.layers.items():
-            pre = (change.reads[layer][features.position] * features.encoder).sum(-1)
+            pre = (change.reads[layer][features.position] * features.encoder[features.row]).sum(-1)
             targets = ((ours.kind == FEATURE) & (ours.layer == layer)).nonzero().flatten()
             assert torch.allclose(pre, -adjacency[targets, number], atol=1e-10)
 

@@ -50,7 +50,7 @@ def test_active_features(kind: str, chunk: int, monkeypatch: pytest.MonkeyPatch)
         dense = torch.zeros_like(expected[layer])
         dense[features.position, features.index] = features.activation
         torch.testing.assert_close(dense, expected[layer])
-        assert torch.equal(features.encoder, chosen[layer].W_enc[features.index])
+        assert torch.equal(features.encoder[features.row], chosen[layer].W_enc[features.index])
         total += torch.bincount(features.position, minlength=len(total))
     assert total.tolist() == [K] * len(total)
     for layer in chosen.layers:

@@ -72,7 +72,7 @@ def test_edge_of_a_last_layer_feature_is_its_logit_effect(name: str, kind: str) 
 
 def test_feature_details() -> None:
     nn_model, chosen = model("llama"), transcoders("llama", "per-layer")
-    graph = attribute(nn_model, chosen, "w3 w40 w7").prune()
+    graph = attribute(nn_model, chosen, "w3 w40 w7").prune(0.99)
     details = feature_details(nn_model, chosen, graph, top=3)
     node = graph.node(int(graph.of_kind("feature")[0]))
     found = details[f"{node.layer}_{node.index}"]

@@ -101,9 +101,10 @@ class HubServer:
         return None
 
     @contextmanager
-    def running(self) -> Iterator[HubServer]:
+    def running(self, port: int = 0) -> Iterator[HubServer]:
+        """Serve on a loopback port (0: any free one) until the block ends."""
         handler = type("Handler", (_Handler,), {"hub": self})
-        server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        server = ThreadingHTTPServer(("127.0.0.1", port), handler)
         server.daemon_threads = True
         self.url = f"http://127.0.0.1:{server.server_address[1]}"
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
@@ -174,6 +175,7 @@ class _Handler(BaseHTTPRequestHandler):
         routes = (
             (r"^/api/models/([^/]+/[^/]+)(?:/revision/(.+))?$", self.info),
             (r"^/([^/]+/[^/]+)/resolve/([^/]+)/(.+)$", self.file),
+            (r"^/api/models/([^/]+/[^/]+)/tree/([^/]+)/(.+)$", self.folder),
             (r"^/api/repos/create$", self.create),
             (r"^/api/models/([^/]+/[^/]+)/branch/(.+)$", self.branch),
             (r"^/api/validate-yaml$", self.fine),
@@ -226,6 +228,10 @@ class _Handler(BaseHTTPRequestHandler):
             headers["Content_Range"] = f"bytes {start}-{start + len(part) - 1}/{len(data)}"
             return self.answer(206, part, **headers)
         return self.answer(200, data, **headers)
+
+    def folder(self, _body: bytes, _repo_id: str, _revision: str, _path: str) -> None:
+        """No repository here has folders that anyone lists (transformers looks for one)."""
+        self.refuse(404, "EntryNotFound")
 
     # -- writing ---------------------------------------------------------------------------------
 

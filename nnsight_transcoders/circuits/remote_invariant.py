@@ -1,0 +1,116 @@
+"""``InvariantModel`` of a model that is on a server: products are computed there."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nnsight_transcoders.errors import SiteError
+from nnsight_transcoders.models import hf_module
+from nnsight_transcoders.norms import TOLERANCE
+from nnsight_transcoders.remote.calls import call
+from nnsight_transcoders.remote.server import RemoteServer
+from nnsight_transcoders.remote.weights import epsilons, norm_requests
+from nnsight_transcoders.sites import Sites, resolve_sites
+
+from .collect import eager_attention
+from .freeze import attribution_dtype, no_values, not_explained
+from .invariant import Head, InvariantModel
+from .invariant_job import called_norms, logit_products, through_heads, token_products
+from .linear import FrozenNorm
+
+
+class RemoteInvariantModel(InvariantModel):
+    """Norms, OV circuits and the vocabulary of a remote model.
+
+    Norms are asked for once, all together: ``2 L D`` numbers. Everything else sends vectors and
+    gets vectors, or their products with the vocabulary.
+
+    Args:
+        model: An nnsight model whose module tree is enough.
+        sites: Its sites, where they have to be given by hand.
+        server: Where it is.
+    """
+
+    def __init__(self, model: Any, sites: Sites | None, server: RemoteServer) -> None:
+        self._model, self._server = model, server
+        self.module = hf_module(model, weights=False)
+        self.sites = sites or resolve_sites(self.module)
+        self._model_dtype = next(self.module.parameters()).dtype
+        self.dtype = attribution_dtype(self._model_dtype)
+        self.device = torch.device("cpu")
+
+    def norm(self, path: str) -> FrozenNorm:
+        """See ``InvariantModel.norm``."""
+        found = self._norms_there[path]
+        if not found["difference"] <= TOLERANCE[self._model_dtype]:
+            raise SiteError(
+                f"{path} is neither a LayerNorm nor an RMSNorm: the nearest such norm differs by "
+                f"{found['difference']:.1e} (relative)"
+            )
+        gain = found["gain"].to(self.dtype)
+        return FrozenNorm(gain, None, gain.new_ones(1, 1), found["centred"])
+
+    def push(self, head: Head, vectors: Tensor) -> Tensor:
+        """See ``InvariantModel.push``."""
+        return self._through(head, vectors, False)
+
+    def pull(self, head: Head, vectors: Tensor) -> Tensor:
+        """See ``InvariantModel.pull``."""
+        return self._through(head, vectors, True)
+
+    def on_tokens(self, vectors: Tensor) -> Tensor:
+        """See ``InvariantModel.on_tokens``."""
+        embed: Any = self.module.get_submodule(self.sites.embed)
+        scale = float(getattr(embed, "scalar_embed_scale", 1.0))
+        n_tokens = self.sites.vocab_size
+        return self._call(token_products, self.sites.embed, self.cast(vectors), n_tokens, scale)
+
+    def on_logits(self, vectors: Tensor) -> Tensor:
+        """See ``InvariantModel.on_logits``."""
+        paths = (self.sites.embed, self.sites.unembed)
+        return self._call(logit_products, *paths, self.cast(vectors))
+
+    @cached_property
+    def _norms_there(self) -> dict[str, Any]:
+        norms = norm_requests(self.module, self.sites)
+        found = self._call(called_norms, self.sites.embed, norms)
+        return {norm["path"]: one for norm, one in zip(norms, found, strict=True)}
+
+    def _through(self, head: Head, vectors: Tensor, transposed: bool) -> Tensor:
+        self.check_head(head)
+        number, index = head
+        sites, layer = self.sites, self.sites.layers[number]
+        if layer.value is None:
+            raise no_values(layer)
+        roles = {"before": layer.attention_norm, "after": layer.attention_post_norm}
+        spec = {
+            "embed": sites.embed,
+            "layer": asdict(layer),
+            "norms": {role: self._probe_of(path) for role, path in roles.items()},
+            "heads": (sites.n_value_heads, sites.head_dim),
+            "n_heads": sites.n_heads,
+            "chosen": list(range(sites.n_heads)) if index is None else [index],
+            "out_width": sites.n_heads * sites.head_dim,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+        with eager_attention(self.module):
+            moved, difference = self._call(through_heads, spec, self.cast(vectors), transposed)
+        if not difference <= TOLERANCE[self._model_dtype]:
+            raise not_explained(layer, difference)
+        return moved
+
+    def _probe_of(self, path: str | None) -> dict[str, Any] | None:
+        if path is None:
+            return None
+        eps = epsilons(self.module.get_submodule(path))
+        return {"path": path, "width": self.sites.d_model, "eps": eps}
+
+    def _call(self, function: Any, *args: Any) -> Any:
+        ids = torch.linspace(0, self.sites.vocab_size - 1, 4).long()[None]
+        server = replace(self._server, dtype=None)
+        return call(self._model, ids, function, *args, remote=server, stop=True)

@@ -1,0 +1,185 @@
+"""A run of a remote model, frozen here: for taking targets apart (``contributions.py``).
+
+The run's values, its attention patterns among them, come back in one request. What each head does
+with them takes its value and output maps: read from the model's checkpoint, where that is at hand,
+else asked for from the server, once for all layers (``2 D^2`` numbers a layer, fewer under
+grouped-query attention). The transcoders stay here.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nnsight_transcoders.errors import SiteError
+from nnsight_transcoders.remote.calls import call
+from nnsight_transcoders.remote.packing import read_packed, unpack_run
+from nnsight_transcoders.remote.payload import megabytes
+from nnsight_transcoders.remote.server import RemoteServer
+from nnsight_transcoders.remote.weights import (
+    Checkpoint,
+    RemoteWeights,
+    norm_requests,
+    projections,
+)
+from nnsight_transcoders.sites import Sites
+
+from .attention_weights import Linear
+from .collect import Run, check_patterns, eager_attention, run_parts
+from .invariant_job import linear_maps, unembedding_rows
+
+logger = logging.getLogger(__name__)
+
+
+class ServerWeights(RemoteWeights):
+    """``RemoteWeights`` that asks the server for what is not at hand.
+
+    Args:
+        model: The nnsight model.
+        module: Its module tree.
+        sites: Its sites.
+        norms: Path -> what ``probe_norm`` found.
+        checkpoint: Where its projections can be read; None if they are not.
+        server: Where the model is.
+        ids: Token ids ``(1, T)`` to run it on.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        module: nn.Module,
+        sites: Sites,
+        norms: Mapping[str, Mapping[str, Any]],
+        checkpoint: Checkpoint | None,
+        server: RemoteServer,
+        ids: Tensor,
+    ) -> None:
+        super().__init__(module, norms, checkpoint)
+        self._model, self._sites, self._server, self._ids = model, sites, server, ids
+        self._received: dict[str, Linear] = {}
+
+    def fetch_attention(self) -> None:
+        """Ask for every layer's value and output maps, in as few requests as ``max_bytes`` lets."""
+        for layer in self._sites.layers:
+            if layer.value is None:
+                raise SiteError(
+                    f"{layer.attention} has no module that makes the values: its heads cannot be "
+                    "taken apart"
+                )
+        sizes = {path: self._bytes(path) for path, _ in self._maps()}
+        logger.info("asking the server for its attention maps: %s", megabytes(sum(sizes.values())))
+        for part in self._parts(sizes):
+            server = replace(self._server, dtype=None)
+            found = call(
+                self._model,
+                self._ids,
+                linear_maps,
+                self._sites.embed,
+                part,
+                self._server.dtype,
+                remote=server,
+                stop=True,
+            )
+            self._received.update({path: one for (path, _), one in zip(part, found, strict=True)})
+
+    def linear(self, path: str, width: int, dtype: torch.dtype) -> Linear:
+        """See ``ModelWeights.linear``."""
+        if path not in self._received:
+            return super().linear(path, width, dtype)
+        weight, bias = self._received[path]
+        return weight.to(dtype), None if bias is None else bias.to(dtype)
+
+    def logit_directions(self, tokens: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Demeaned rows of the unembedding ``(n, D)`` and their biases, made on the server."""
+        name = str(dtype).removeprefix("torch.")
+        paths = (self._sites.embed, self._sites.unembed)
+        server = replace(self._server, dtype=None)
+        return call(
+            self._model,
+            self._ids[:, :1],
+            unembedding_rows,
+            *paths,
+            list(tokens),
+            name,
+            remote=server,
+            stop=True,
+        )
+
+    def _maps(self) -> list[tuple[str, int]]:
+        sites, found = self._sites, []
+        for layer in sites.layers:
+            assert layer.value is not None
+            found.append((layer.value, sites.d_model))
+            found.append((layer.out_proj, sites.n_heads * sites.head_dim))
+        return found
+
+    def _bytes(self, path: str) -> int:
+        weight: Any = self._module.get_submodule(path).weight
+        return weight.numel() * weight.element_size()
+
+    def _parts(self, sizes: Mapping[str, int]) -> Iterator[list[tuple[str, int]]]:
+        part: list[tuple[str, int]] = []
+        total = 0
+        for one in self._maps():
+            if part and total + sizes[one[0]] > self._server.max_bytes:
+                yield part
+                part, total = [], 0
+            part.append(one)
+            total += sizes[one[0]]
+        yield part
+
+
+def collect_remote(
+    model: Any,
+    module: nn.Module,
+    sites: Sites,
+    token_ids: Tensor,
+    server: RemoteServer,
+    weights: str | Path | None = None,
+) -> tuple[Run, ServerWeights]:
+    """One prompt's values at every layer, with logits everywhere, and the model's weights.
+
+    Args:
+        model: The nnsight model.
+        module: Its module tree.
+        sites: Its sites.
+        token_ids: ``(T,)``.
+        server: Where it is.
+        weights: A folder or Hub repository with its checkpoint; ``"server"``: do not look for one.
+
+    Raises:
+        SiteError: The server hands out no attention patterns, or the weights do not fit.
+        RemoteError: The server, or a job there, failed.
+    """
+    ids = token_ids[None]
+    norms = norm_requests(module, sites)
+    with eager_attention(module):
+        packed = call(
+            model,
+            ids,
+            read_packed,
+            run_parts(sites),
+            list(range(len(token_ids))),
+            norms,
+            server.dtype,
+            remote=server,
+        )
+    if "without_pattern" in packed:
+        path = sites.layers[packed["without_pattern"]].attention
+        raise SiteError(f"the server's {path} handed out no attention pattern")
+    run = Run(token_ids=token_ids, **unpack_run(packed))
+    check_patterns(run, sites)
+    found = {norm["path"]: one for norm, one in zip(norms, packed["norms"], strict=True)}
+    checkpoint, where = None, None
+    if weights != "server":
+        checkpoint, where = projections(model, module, weights)
+    there = ServerWeights(model, module, sites, found, checkpoint, server, ids)
+    if where is None:
+        there.fetch_attention()
+    return run, there
