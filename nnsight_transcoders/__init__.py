@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from .attachment import ablate, attach, attached, detach, scale, set_features, steer
+    from .attachment.edit import ablate, attach, attached, detach, scale, set_features, steer
     from .builtin import BUILTIN_SETS, builtin_model_path
     from .circuits.attribution import attribute
     from .circuits.blind import BlindStudy
@@ -36,8 +36,11 @@ if TYPE_CHECKING:
     )
     from .circuits.weights import de_embeddings, feature_details, logit_effects
     from .errors import TranscoderError
-    from .evaluation import verify
-    from .evaluation_report import Evaluation
+    from .evaluation.measuring import evaluate
+    from .evaluation.pareto_sweep import pareto
+    from .evaluation.pareto_table import ParetoTable
+    from .evaluation.report import Evaluation
+    from .evaluation.verifying import verify
     from .features.bundle import FeatureBundle
     from .features.collection import collect_features
     from .features.endpoint import openai_endpoint
@@ -46,9 +49,6 @@ if TYPE_CHECKING:
     from .interop.feature_json import write_feature_files, write_packed_features
     from .interop.schema import validate_graph
     from .interop.upload import upload_graph
-    from .measuring import evaluate
-    from .pareto_sweep import pareto
-    from .pareto_table import ParetoTable
     from .plots import (
         plot_attention,
         plot_completeness,
@@ -73,11 +73,11 @@ _PUBLIC = {
     "BlindStudy": ".circuits.blind",
     "CircuitRun": ".circuits.contributions",
     "CrossLayerTranscoder": ".transcoder",
-    "Evaluation": ".evaluation_report",
+    "Evaluation": ".evaluation.report",
     "FeatureBundle": ".features.bundle",
     "FeatureLabels": ".features.labels",
     "ModelShape": ".remote.payload",
-    "ParetoTable": ".pareto_table",
+    "ParetoTable": ".evaluation.pareto_table",
     "RemoteGraph": ".remote.graph",
     "RemoteServer": ".remote.server",
     "Sites": ".sites",
@@ -87,17 +87,17 @@ _PUBLIC = {
     "TranscoderError": ".errors",
     "TranscoderSet": ".sets",
     "Where": ".circuits.paths",
-    "ablate": ".attachment",
-    "attach": ".attachment",
-    "attached": ".attachment",
+    "ablate": ".attachment.edit",
+    "attach": ".attachment.edit",
+    "attached": ".attachment.edit",
     "attribute": ".circuits.attribution",
     "builtin_model_path": ".builtin",
     "collect_features": ".features.collection",
     "de_embed": ".circuits.virtual_weights",
     "de_embeddings": ".circuits.weights",
-    "detach": ".attachment",
+    "detach": ".attachment.edit",
     "estimate_payload": ".remote.payload",
-    "evaluate": ".measuring",
+    "evaluate": ".evaluation.measuring",
     "explain_features": ".features.explain",
     "feature_details": ".circuits.weights",
     "feature_summary": ".circuits.summary",
@@ -106,7 +106,7 @@ _PUBLIC = {
     "logits_of": ".circuits.virtual_weights",
     "merge_paths": ".circuits.paths",
     "openai_endpoint": ".features.endpoint",
-    "pareto": ".pareto_sweep",
+    "pareto": ".evaluation.pareto_sweep",
     "path_graph": ".circuits.path_graph",
     "plot_attention": ".plots",
     "plot_completeness": ".plots",
@@ -120,9 +120,9 @@ _PUBLIC = {
     "read_features": ".site_stream",
     "read_vectors": ".circuits.virtual_weights",
     "resolve_sites": ".sites",
-    "scale": ".attachment",
-    "set_features": ".attachment",
-    "steer": ".attachment",
+    "scale": ".attachment.edit",
+    "set_features": ".attachment.edit",
+    "steer": ".attachment.edit",
     "stream_site_values": ".site_stream",
     "strongest_connections": ".circuits.connections",
     "submit_graph": ".remote.submitting",
@@ -131,7 +131,7 @@ _PUBLIC = {
     "train": ".training.trainer",
     "upload_graph": ".interop.upload",
     "validate_graph": ".interop.schema",
-    "verify": ".evaluation",
+    "verify": ".evaluation.verifying",
     "virtual_weights": ".circuits.virtual_weights",
     "write_feature_files": ".interop.feature_json",
     "write_packed_features": ".interop.feature_json",

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .attachment import attached
+from .attachment.edit import attached
 from .circuits.attribution import attribute
 from .circuits.collect import Run, collect
 from .circuits.engine import OperatorEngine

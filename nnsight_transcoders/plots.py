@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .circuits.effects import EffectTable
     from .circuits.graph import AttributionGraph
     from .circuits.paths import Path
-    from .pareto_table import ParetoTable
+    from .evaluation.pareto_table import ParetoTable
     from .sets import TranscoderSet
     from .sites import Sites
 

@@ -95,8 +95,8 @@ class TranscoderConfig:
                 )
         if self.input_site in get_args(OutputSite) and not self.is_autoencoder:
             raise ConfigError(
-                f"input_site {self.input_site!r} is an output site: only a sparse autoencoder reads "
-                f"there, which then writes there too, not to {self.output_site!r}"
+                f"input_site {self.input_site!r} is an output site: only a sparse autoencoder "
+                f"reads there, which then writes there too, not to {self.output_site!r}"
             )
         check_activation(self.activation, self.d_transcoder, self.k, self.n_groups)
 

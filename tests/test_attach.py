@@ -25,7 +25,7 @@ from test_sites import EXPECTED
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from nnsight_transcoders.attachment import attach
+from nnsight_transcoders.attachment.edit import attach
 from nnsight_transcoders.check import Kind, random_transcoders
 from nnsight_transcoders.circuits.collect import collect
 from nnsight_transcoders.errors import InputError

@@ -19,7 +19,7 @@ from attach_support import (
 )
 from torch import Tensor
 
-from nnsight_transcoders.attachment import ablate, attach, scale, set_features, steer
+from nnsight_transcoders.attachment.edit import ablate, attach, scale, set_features, steer
 from nnsight_transcoders.errors import InputError
 
 NAMES = ["llama", "gpt2", "gemma2", "opt", "falcon"]

@@ -10,7 +10,7 @@ import zoo
 from attach_support import IDS, PROMPT, WIDTH, Reference, distance, model, run_of, transcoders
 from torch import Tensor
 
-from nnsight_transcoders.attachment import ablate, attach
+from nnsight_transcoders.attachment.edit import ablate, attach
 from nnsight_transcoders.check import random_transcoders
 
 SHORT = "w5 w9 w33"

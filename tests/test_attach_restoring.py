@@ -12,7 +12,7 @@ import zoo
 from attach_support import IDS, PROMPT, WIDTH, distance, logits_of, model, run_of, transcoders
 from torch import Tensor, nn
 
-from nnsight_transcoders.attachment import ablate, attach, attached, detach
+from nnsight_transcoders.attachment.edit import ablate, attach, attached, detach
 from nnsight_transcoders.check import random_transcoders
 from nnsight_transcoders.circuits.attribution import attribute
 from nnsight_transcoders.circuits.collect import collect
@@ -205,7 +205,7 @@ def test_transcoders_of_another_device_are_copied_and_not_moved():
     chosen = random_transcoders(run_of("llama"), "cross-layer", d_transcoder=WIDTH)
     sites = resolve_sites(envoy)
     parts = [chosen[layer] for layer in chosen.layers]
-    from nnsight_transcoders.attachment import _replacements
+    from nnsight_transcoders.attachment.edit import _replacements
 
     there = envoy._module.to("meta")
     found = _replacements(there, sites, chosen, "replace")

@@ -22,7 +22,7 @@ from attach_support import (
 )
 from torch import Tensor
 
-from nnsight_transcoders.attachment import ablate, attach, set_features, steer
+from nnsight_transcoders.attachment.edit import ablate, attach, set_features, steer
 
 SHORT, MIDDLE = "w5 w9 w33", "w80 w7 w7 w21 w4"
 NEW = 4

@@ -35,7 +35,7 @@ from nnsight_transcoders import (
 from nnsight_transcoders.check import random_transcoders
 from nnsight_transcoders.circuits.collect import collect
 from nnsight_transcoders.cli import app
-from nnsight_transcoders.hypotheses import NONE_FITS, rank_hypotheses
+from nnsight_transcoders.evaluation.hypotheses import NONE_FITS, rank_hypotheses
 
 
 @pytest.fixture(scope="module")

@@ -136,12 +136,12 @@ def stdlib_only(names: frozenset[str]) -> set[str]:
 
 
 def test_the_reader_of_imports_sees_them():
-    assert {".errors", ".sets", ".replacement", "torch"} <= imports("attachment")
-    assert {".replacement", "nnsight", "torch"} <= imports("splices")
+    assert {".errors", ".sets", ".attachment.replacement", "torch"} <= imports("attachment.edit")
+    assert {".attachment.replacement", "nnsight", "torch"} <= imports("attachment.splices")
     assert {".sets", ".hub.registry"} <= imports("hub.native") | imports("sets")
     assert ".circuits.collect" in imports("circuits.attribution")
-    assert "transformers" not in imports("attachment")
-    assert {"torch", ".activations"} <= reach("attachment")
+    assert "transformers" not in imports("attachment.edit")
+    assert {"torch", ".activations"} <= reach("attachment.edit")
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_the_reader_of_imports_sees_them():
         ("blocks", {".errors"}),
         ("sites", {".errors", ".blocks"}),
         ("models", {".errors"}),
-        ("replacement", {".errors", ".sets", ".transcoder"}),
+        ("attachment.replacement", {".errors", ".sets", ".transcoder"}),
         ("circuits.folded", {".circuits.linear"}),  # for type checkers
         ("circuits.linear", {".circuits.folded"}),
         ("circuits.edges", {".circuits.linear"}),
@@ -191,15 +191,18 @@ def test_the_hub_knows_sets_but_no_model(module):
 
 
 def test_attach_knows_sites_and_sites_do_not_know_attach():
-    assert ".sites" in imports("attachment")
-    assert not {".attachment", ".replacement", ".sets", ".transcoder"} & reach("sites")
-    own = {n for n in imports("attachment") if n.startswith(".")}
-    below = {".blocks", ".errors", ".models", ".replacement", ".sets", ".sites"}
-    assert own <= below | {".feature_edits", ".feature_rows", ".mounted"}
+    assert ".sites" in imports("attachment.edit")
+    assert not {".sets", ".transcoder"} & reach("sites")
+    assert not any(name.startswith(".attachment") for name in reach("sites"))
+    own = {n for n in imports("attachment.edit") if n.startswith(".")}
+    below = {".blocks", ".errors", ".models", ".sets", ".sites"}
+    parts = ("feature_edits", "feature_rows", "mounted", "replacement")
+    assert own <= below | {f".attachment.{part}" for part in parts}
 
 
 @pytest.mark.parametrize(
-    "module", ["remote_layers", "fit_job", "site_reads", "circuits.invariant_job"]
+    "module",
+    ["attachment.remote_layers", "evaluation.fit_job", "site_reads", "circuits.invariant_job"],
 )
 def test_what_runs_in_a_remote_job_can_be_shipped(module):
     """Torch and nnsight are all that a server has; the package's own modules travel as text."""
@@ -210,7 +213,7 @@ def test_what_runs_in_a_remote_job_can_be_shipped(module):
     functions = [f for f in vars(loaded).values() if getattr(f, "__module__", "") == ours]
     shipped = set(shipped_sources(functions[0]))
     assert loaded.__name__ in shipped
-    assert not {f"{PACKAGE}.sets", f"{PACKAGE}.sites", f"{PACKAGE}.mounted"} & shipped
+    assert not {f"{PACKAGE}.sets", f"{PACKAGE}.sites", f"{PACKAGE}.attachment.mounted"} & shipped
 
 
 def test_the_doors_open_in_calls_only():

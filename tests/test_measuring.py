@@ -17,13 +17,13 @@ from nnsight_transcoders import (
     Transcoder,
     TranscoderConfig,
     TranscoderSet,
-    batch_sums,
     builtin_model_path,
     evaluate,
     verify,
 )
 from nnsight_transcoders.errors import InputError, MismatchError
-from nnsight_transcoders.evaluation_report import Evaluation, ReplacementEffect
+from nnsight_transcoders.evaluation import batch_sums
+from nnsight_transcoders.evaluation.report import Evaluation, ReplacementEffect
 
 KINDS = ("per-layer", "skip", "cross-layer")
 

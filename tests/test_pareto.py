@@ -13,7 +13,7 @@ from attach_support import model
 
 from nnsight_transcoders import evaluate, pareto
 from nnsight_transcoders.errors import ConfigError, InputError
-from nnsight_transcoders.pareto_table import Bounds, ParetoPoint, ParetoTable
+from nnsight_transcoders.evaluation.pareto_table import Bounds, ParetoPoint, ParetoTable
 from nnsight_transcoders.sets import TranscoderSet
 
 DRAW = torch.Generator().manual_seed(0)

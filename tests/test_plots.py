@@ -28,7 +28,7 @@ from nnsight_transcoders import (
 )
 from nnsight_transcoders.circuits.by_layer import completeness_by_layer
 from nnsight_transcoders.errors import InputError
-from nnsight_transcoders.pareto_table import Bounds, ParetoPoint, ParetoTable
+from nnsight_transcoders.evaluation.pareto_table import Bounds, ParetoPoint, ParetoTable
 
 PROMPT = "w5 w9 w33 w12 w50"
 

@@ -17,8 +17,8 @@ from nnsight_transcoders import (
     verify,
 )
 from nnsight_transcoders.circuits.collect import collect
+from nnsight_transcoders.evaluation.readings import SiteValues
 from nnsight_transcoders.norms import probed_spec
-from nnsight_transcoders.readings import SiteValues
 from nnsight_transcoders.transcoder import CrossLayerPart
 
 D, LAYERS = zoo.D_MODEL, zoo.N_LAYERS

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import Tensor, nn
 
+from nnsight_transcoders.attachment.replacement import check_transcodes
 from nnsight_transcoders.errors import InputError, SiteError
 from nnsight_transcoders.models import hf_module
-from nnsight_transcoders.replacement import check_transcodes
 from nnsight_transcoders.sets import TranscoderSet
 from nnsight_transcoders.sites import Sites, resolve_sites
 

@@ -21,10 +21,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from nnsight_transcoders.attachment.replacement import check_transcodes
 from nnsight_transcoders.errors import InputError
 from nnsight_transcoders.models import hf_module
 from nnsight_transcoders.remote.server import Remote, remote_server
-from nnsight_transcoders.replacement import check_transcodes
 from nnsight_transcoders.sets import TranscoderSet
 from nnsight_transcoders.sites import Sites, resolve_sites
 

@@ -15,9 +15,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from nnsight_transcoders.attachment.replacement import check_layerwise, check_transcodes
 from nnsight_transcoders.errors import InputError, MismatchError
 from nnsight_transcoders.models import hf_module
-from nnsight_transcoders.replacement import check_layerwise, check_transcodes
 from nnsight_transcoders.sets import TranscoderSet
 from nnsight_transcoders.sites import Sites, resolve_sites
 

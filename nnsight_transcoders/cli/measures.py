@@ -50,7 +50,7 @@ def evaluate(
     """Measure a set: L0, FVU, cross-entropy, KL and recovered, by layer and all together."""
     with errors_as_messages():
         from nnsight_transcoders.errors import InputError
-        from nnsight_transcoders.measuring import evaluate as run
+        from nnsight_transcoders.evaluation.measuring import evaluate as run
 
         if not data:
             if model != "builtin":

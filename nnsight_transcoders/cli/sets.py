@@ -73,7 +73,7 @@ def verify(
 ) -> None:
     """Measure how well a set fits a model: FVU, L0 and cross-entropy, layer by layer."""
     with errors_as_messages():
-        from nnsight_transcoders.evaluation import verify as run
+        from nnsight_transcoders.evaluation.verifying import verify as run
 
         lines = None if text is None else read_lines(text)
         chosen = load_set(transcoders, model, option, revision=revision, format=format_name)

@@ -20,11 +20,11 @@ from tqdm.auto import tqdm
 
 from nnsight_transcoders.builtin import builtin_model_path
 from nnsight_transcoders.errors import InputError
+from nnsight_transcoders.evaluation.token_batches import special_token_ids, stream_pieces
 from nnsight_transcoders.models import hf_module
 from nnsight_transcoders.remote.server import Remote
 from nnsight_transcoders.sets import TranscoderSet
 from nnsight_transcoders.sites import Sites, resolve_sites
-from nnsight_transcoders.token_batches import special_token_ids, stream_pieces
 from nnsight_transcoders.training.stream import kept_positions
 
 from .activations import ActivationReader

@@ -25,7 +25,7 @@ from .shipping import PACKAGE, shipped_sources
 
 _COLLECT = f"{PACKAGE}.remote.packing:read_packed"
 _EDGES = f"{PACKAGE}.remote.edge_job:graph_edges"
-_ATTACHED = f"{PACKAGE}.remote_layers:build"
+_ATTACHED = f"{PACKAGE}.attachment.remote_layers:build"
 _VALUES = f"{PACKAGE}.site_reads:read_values"
 
 #: What a request is for.

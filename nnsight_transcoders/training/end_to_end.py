@@ -15,7 +15,7 @@ import nnsight
 import torch
 from torch import Tensor, nn
 
-from nnsight_transcoders.attachment import attach
+from nnsight_transcoders.attachment.edit import attach
 from nnsight_transcoders.models import hf_module
 from nnsight_transcoders.sets import TranscoderSet
 from nnsight_transcoders.sites import Sites

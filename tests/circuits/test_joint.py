@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nnsight_transcoders.activations import keep_joint, make_activation
-from nnsight_transcoders.attachment import attach
+from nnsight_transcoders.attachment.edit import attach
 from nnsight_transcoders.circuits import active
 from nnsight_transcoders.circuits.active import largest_per_position
 from nnsight_transcoders.circuits.attribution import attribute

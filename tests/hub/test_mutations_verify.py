@@ -20,7 +20,7 @@ from verify_support import TEXT, exact, relu_model
 from nnsight_transcoders import TranscoderSet, verify
 from nnsight_transcoders.circuits.collect import collect
 from nnsight_transcoders.errors import TranscoderError
-from nnsight_transcoders.evaluation import FAILS_FROM
+from nnsight_transcoders.evaluation.verifying import FAILS_FROM
 from nnsight_transcoders.hub.circuit_tracer_save import save_circuit_tracer
 from nnsight_transcoders.hub.saelens_save import save_saelens
 from nnsight_transcoders.norms import probed_spec

@@ -2,26 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
-import nnsight
 import pytest
-import transformers
 from loopback import Loopback
-from nnsight.modeling import huggingface
 
-from nnsight_transcoders import TranscoderSet, builtin_model_path, evaluate
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Loopback]:
-    started = Loopback(builtin_model_path()).start()
-    # The model's id comes from the Hub, which is not asked here.
-    huggingface._ID_CACHE[builtin_model_path()] = "test/builtin"
-    yield started
-    huggingface._ID_CACHE.pop(builtin_model_path())
-    started.kill()
+from nnsight_transcoders import TranscoderSet, evaluate
 
 
 def numbers(report: Any) -> list[float]:
@@ -33,18 +19,16 @@ def numbers(report: Any) -> list[float]:
 
 
 @pytest.mark.parametrize("kind", ["skip", "clt"])
-def test_the_numbers_are_those_of_a_model_that_is_here(server, kind):
-    path, task = builtin_model_path(), "text-generation"
-    here = nnsight.TransformersModel(path, task=task, dispatch=True)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-    there = nnsight.TransformersModel(path, task=task, tokenizer=tokenizer)
+def test_the_numbers_are_those_of_a_model_that_is_here(
+    server: Loopback, model: Any, local: Any, kind: str
+) -> None:
     chosen = TranscoderSet.from_pretrained(f"builtin/{kind}")
     options = {"max_tokens": 200, "batch_size": 8}
     before = len(server.requests())
-    found = evaluate(there, chosen, "builtin", remote=server.url, **options)
-    assert next(there._module.parameters()).is_meta  # the weights stayed where they are
+    found = evaluate(model, chosen, "builtin", remote=server.url, **options)
+    assert next(model._module.parameters()).is_meta  # the weights stayed where they are
     assert len(server.requests()) == before + 2
-    expected = evaluate(here, chosen, "builtin", **options)
+    expected = evaluate(local, chosen, "builtin", **options)
     assert numbers(found) == pytest.approx(numbers(expected), rel=1e-5, abs=1e-6)
-    rehearsed = evaluate(here, chosen, "builtin", remote="local", **options)
+    rehearsed = evaluate(local, chosen, "builtin", remote="local", **options)
     assert numbers(rehearsed) == pytest.approx(numbers(expected), rel=1e-5, abs=1e-6)

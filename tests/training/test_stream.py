@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nnsight_transcoders import resolve_sites
 from nnsight_transcoders.errors import CheckpointError, InputError, MismatchError
-from nnsight_transcoders.site_values import read_sites
+from nnsight_transcoders.evaluation.site_values import read_sites
 from nnsight_transcoders.training.buffer import (
     ActivationBuffer,
     ActivationCache,

@@ -29,13 +29,14 @@ from nnsight.intervention.interleaver import OutOfOrderError
 from nnsight.intervention.iterator import Iterations
 from torch import Tensor
 
-from .errors import InputError
+from nnsight_transcoders.errors import InputError
+from nnsight_transcoders.norms import NormSpec
+from nnsight_transcoders.site_reads import called_norm
+from nnsight_transcoders.transcoder import CrossLayerPart, Transcoder, TranscoderConfig
+
 from .feature_edits import invoke_rows
-from .norms import NormSpec
 from .replacement import Replacement, difference
-from .site_reads import called_norm
 from .token_index import continued, token_index_of
-from .transcoder import CrossLayerPart, Transcoder, TranscoderConfig
 
 _NAMES = ("token_index", "pre_activations", "features", "reconstruction", "error")
 

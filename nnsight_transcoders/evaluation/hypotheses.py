@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from nnsight_transcoders.transcoder import CrossLayerPart, InputSite, OutputSite, Transcoder
+
 from .readings import Modules, Reading, SiteValues, describe, measure, reconstruct
-from .transcoder import CrossLayerPart, InputSite, OutputSite, Transcoder
 
 #: What is said where no hypothesis fits.
 NONE_FITS = (

@@ -12,11 +12,12 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
-from .attachment import attached
+from nnsight_transcoders.attachment.edit import attached
+from nnsight_transcoders.sets import TranscoderSet
+from nnsight_transcoders.sites import Sites
+from nnsight_transcoders.transcoder import Transcoder, TranscoderConfig
+
 from .layer_sums import LayerSums
-from .sets import TranscoderSet
-from .sites import Sites
-from .transcoder import Transcoder, TranscoderConfig
 
 #: What takes the MLPs' place: reconstructions, zero, or the mean output.
 Kind = Literal["replaced", "zero", "mean"]

@@ -24,19 +24,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .attachment import attached
-from .builtin import builtin_model_path
-from .circuits.collect import token_ids_of
-from .errors import InputError
+from nnsight_transcoders.attachment.edit import attached
+from nnsight_transcoders.builtin import builtin_model_path
+from nnsight_transcoders.circuits.collect import token_ids_of
+from nnsight_transcoders.errors import InputError
+from nnsight_transcoders.models import hf_module
+from nnsight_transcoders.remote.server import Remote, RemoteServer, remote_server
+from nnsight_transcoders.sets import TranscoderSet
+from nnsight_transcoders.sites import Sites, resolve_sites
+
 from .fit_sums import FitSums, FitTotals
 from .hypotheses import NONE_FITS, explain, rank_hypotheses
 from .joint_fit import joint_fit
-from .models import hf_module
-from .remote.server import Remote, RemoteServer, remote_server
 from .remote_fit import RemoteMeasurement
-from .sets import TranscoderSet
 from .site_values import read_sites
-from .sites import Sites, resolve_sites
 
 #: Text for a first check when the caller gives none.
 DEFAULT_TEXT = (
@@ -188,7 +189,7 @@ def _measured(
 def _default_text(module: Any) -> Sequence[str]:
     name = getattr(getattr(module, "config", None), "_name_or_path", "")
     if name == builtin_model_path():
-        from .builtin.text import sentences
+        from nnsight_transcoders.builtin.text import sentences
 
         return sentences(48, seed=1)
     return DEFAULT_TEXT

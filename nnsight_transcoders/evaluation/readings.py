@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from .activations import keep_joint
-from .transcoder import CrossLayerPart, InputSite, OutputSite, Transcoder
+from nnsight_transcoders.activations import keep_joint
+from nnsight_transcoders.transcoder import CrossLayerPart, InputSite, OutputSite, Transcoder
 
 #: One layer's transcoder, or all parts of a cross-layer one, which need each other.
 Modules = Mapping[int, Transcoder | CrossLayerPart]

@@ -18,17 +18,19 @@ import nnsight
 from nnsight.intervention.envoy import Envoy
 from torch import nn
 
-from . import errors, feature_edits
-from .errors import InputError, PayloadTooLargeError
-from .remote import loader
-from .remote.loader import run_shipped
-from .remote.payload import megabytes
-from .remote.server import RemoteServer
-from .remote.shipping import entry_of, shipped_sources
+from nnsight_transcoders import errors
+from nnsight_transcoders.errors import InputError, PayloadTooLargeError
+from nnsight_transcoders.remote import loader
+from nnsight_transcoders.remote.loader import run_shipped
+from nnsight_transcoders.remote.payload import megabytes
+from nnsight_transcoders.remote.server import RemoteServer
+from nnsight_transcoders.remote.shipping import entry_of, shipped_sources
+from nnsight_transcoders.site_stream import norm_to_probe
+from nnsight_transcoders.sites import Sites
+
+from . import feature_edits
 from .remote_layers import build
 from .replacement import Replacement
-from .site_stream import norm_to_probe
-from .sites import Sites
 from .splices import Splice, run_splices
 
 logger = logging.getLogger(__name__)

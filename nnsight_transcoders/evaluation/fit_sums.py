@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .errors import InputError
+from nnsight_transcoders.errors import InputError
 
 
 class FitSums:

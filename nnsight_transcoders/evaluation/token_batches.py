@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .circuits.collect import token_ids_of
-from .errors import InputError
-from .models import hf_module
-from .sites import Sites
-from .training.data import opener
+from nnsight_transcoders.circuits.collect import token_ids_of
+from nnsight_transcoders.errors import InputError
+from nnsight_transcoders.models import hf_module
+from nnsight_transcoders.sites import Sites
+from nnsight_transcoders.training.data import opener
 
 #: Of the builtin text, what no training run uses (``train`` counts its seeds from 0).
 HELD_OUT_SEED = 9_999

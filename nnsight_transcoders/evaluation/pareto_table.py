@@ -10,9 +10,10 @@ from math import log
 from pathlib import Path
 from typing import Any
 
-from ._files import atomic_path
-from .errors import InputError
-from .evaluation_report import as_text
+from nnsight_transcoders._files import atomic_path
+from nnsight_transcoders.errors import InputError
+
+from .report import as_text
 
 
 @dataclass(frozen=True)

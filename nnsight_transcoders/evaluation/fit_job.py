@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .site_reads import read_values
+from nnsight_transcoders.site_reads import read_values
 
 
 def values_and_entropies(

@@ -17,17 +17,18 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .activations import keep_joint
-from .attachment import attached
+from nnsight_transcoders.activations import keep_joint
+from nnsight_transcoders.attachment.edit import attached
+from nnsight_transcoders.attachment.replacement import difference
+from nnsight_transcoders.remote.calls import call
+from nnsight_transcoders.remote.payload import megabytes
+from nnsight_transcoders.remote.server import RemoteServer
+from nnsight_transcoders.sets import TranscoderSet
+from nnsight_transcoders.site_stream import Where, output_path, site_reads
+from nnsight_transcoders.sites import Sites
+
 from .fit_job import entropies, values_and_entropies, written_values
 from .fit_sums import FitSums, FitTotals
-from .remote.calls import call
-from .remote.payload import megabytes
-from .remote.server import RemoteServer
-from .replacement import difference
-from .sets import TranscoderSet
-from .site_stream import Where, output_path, site_reads
-from .sites import Sites
 
 logger = logging.getLogger(__name__)
 

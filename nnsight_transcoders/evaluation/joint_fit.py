@@ -16,13 +16,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .circuits.active import ActiveFeatures, active_features
-from .circuits.collect import collect
-from .circuits.freeze import attribution_dtype, freeze_norms, input_values, mlp_sides
+from nnsight_transcoders.circuits.active import ActiveFeatures, active_features
+from nnsight_transcoders.circuits.collect import collect
+from nnsight_transcoders.circuits.freeze import (
+    attribution_dtype,
+    freeze_norms,
+    input_values,
+    mlp_sides,
+)
+from nnsight_transcoders.models import hf_module
+from nnsight_transcoders.sets import TranscoderSet
+from nnsight_transcoders.sites import Sites
+
 from .fit_sums import FitSums
-from .models import hf_module
-from .sets import TranscoderSet
-from .sites import Sites
 
 
 def joint_fit(

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ._files import atomic_path
-from .errors import InputError
+from nnsight_transcoders._files import atomic_path
+from nnsight_transcoders.errors import InputError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -218,9 +218,10 @@ def as_text(table: Table) -> str:
     """A table as plain text, of one width wherever it is printed."""
     from rich.console import Console
 
-    # Not as HTML in a notebook: the text is wanted, and Jupyter would get an empty output besides.
-    options: dict[str, Any] = {"highlight": False, "color_system": None, "legacy_windows": False}
-    console = Console(width=WIDTH, force_jupyter=False, **options)
+    # force_jupyter: in a notebook it would show an empty output besides.
+    console = Console(
+        width=WIDTH, force_jupyter=False, highlight=False, color_system=None, legacy_windows=False
+    )
     with console.capture() as captured:
         console.print(table)
     return "\n".join(line.rstrip() for line in captured.get().splitlines())

@@ -27,17 +27,18 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .attachment import attached
+from nnsight_transcoders.attachment.edit import attached
+from nnsight_transcoders.attachment.replacement import check_layerwise
+from nnsight_transcoders.builtin import builtin_model_path
+from nnsight_transcoders.errors import InputError
+from nnsight_transcoders.models import hf_module
+from nnsight_transcoders.remote.server import Remote
+from nnsight_transcoders.sets import TranscoderSet
+from nnsight_transcoders.sites import Sites, resolve_sites
+
 from .batch_runs import BatchRuns
-from .builtin import builtin_model_path
-from .errors import InputError
-from .evaluation_report import Evaluation, LayerEvaluation, ReplacementEffect
 from .layer_sums import LayerSums
-from .models import hf_module
-from .remote.server import Remote
-from .replacement import check_layerwise
-from .sets import TranscoderSet
-from .sites import Sites, resolve_sites
+from .report import Evaluation, LayerEvaluation, ReplacementEffect
 from .token_batches import TokenBatch, padded_batches, special_token_ids, token_pieces
 from .variants import Variant, on_device_of, set_variants
 

@@ -16,10 +16,11 @@ from nnsight.intervention.interleaver import OutOfOrderError
 from nnsight.intervention.iterator import Iterations
 from torch import Tensor, nn
 
-from .blocks import LayerSites
-from .norms import NormSpec, probed_spec
+from nnsight_transcoders.blocks import LayerSites
+from nnsight_transcoders.norms import NormSpec, probed_spec
+from nnsight_transcoders.sites import Sites
+
 from .replacement import Replacement
-from .sites import Sites
 from .token_index import token_index_of
 
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import InputError
-from .sets import Rows, TranscoderSet
-from .transcoder import CrossLayerPart, Transcoder
+from nnsight_transcoders.errors import InputError
+from nnsight_transcoders.sets import Rows, TranscoderSet
+from nnsight_transcoders.transcoder import CrossLayerPart, Transcoder
 
 #: Activations of which one feature can be known without the others.
 ELEMENTWISE = ("relu", "jumprelu", "batchtopk")

@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import SiteError
-from .models import hf_module
-from .norms import NormSpec, probed_spec
+from nnsight_transcoders.errors import SiteError
+from nnsight_transcoders.models import hf_module
+from nnsight_transcoders.norms import NormSpec, probed_spec
+from nnsight_transcoders.remote.server import RemoteServer
+from nnsight_transcoders.site_stream import Where, remote_norm, stream_site_values
+from nnsight_transcoders.sites import Sites
+from nnsight_transcoders.transcoder import InputSite, OutputSite
+
 from .readings import SiteValues
-from .remote.server import RemoteServer
-from .site_stream import Where, remote_norm, stream_site_values
-from .sites import Sites
-from .transcoder import InputSite, OutputSite
 
 #: At most so many positions are kept: enough to tell hypotheses apart.
 MAX_POSITIONS = 256

@@ -14,7 +14,7 @@ import torch
 from nnsight.intervention.interleaver import Mediator
 from torch import Tensor
 
-from .errors import InputError
+from nnsight_transcoders.errors import InputError
 
 
 def set_features(

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from .errors import InputError
-from .transcoder import CrossLayerPart, Transcoder, cross_layer_decode
+from nnsight_transcoders.errors import InputError
+from nnsight_transcoders.transcoder import CrossLayerPart, Transcoder, cross_layer_decode
 
 if TYPE_CHECKING:
-    from .sets import TranscoderSet
+    from nnsight_transcoders.sets import TranscoderSet
 
 Mode = Literal["replace", "replace+error", "observe"]
 

@@ -16,15 +16,16 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from .errors import InputError
-from .evaluation_report import Evaluation
+from nnsight_transcoders.errors import InputError
+from nnsight_transcoders.models import hf_module
+from nnsight_transcoders.sites import Sites, resolve_sites
+from nnsight_transcoders.training.config import TrainConfig
+from nnsight_transcoders.training.trainer import train
+
 from .measuring import CONTEXT, evaluate
-from .models import hf_module
 from .pareto_table import Bounds, ParetoPoint, ParetoTable
-from .sites import Sites, resolve_sites
+from .report import Evaluation
 from .token_batches import token_pieces
-from .training.config import TrainConfig
-from .training.trainer import train
 
 #: What is swept when nothing else is asked for (ReLU and JumpReLU need ``sparsity_weight``).
 SWEEP: Mapping[str, Sequence[Any]] = {"k": (4, 8, 16, 32, 64)}

@@ -26,15 +26,16 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
-from .blocks import LayerSites
-from .errors import InputError
+from nnsight_transcoders.blocks import LayerSites
+from nnsight_transcoders.errors import InputError
+from nnsight_transcoders.models import hf_module
+from nnsight_transcoders.sets import TranscoderSet
+from nnsight_transcoders.sites import Sites, resolve_sites
+
 from .feature_edits import ablate, scale, set_features, steer
 from .feature_rows import FeatureRows
-from .models import hf_module
 from .mounted import MountedTranscoders
 from .replacement import Mode, Replacement, check_layerwise
-from .sets import TranscoderSet
-from .sites import Sites, resolve_sites
 
 __all__ = ["ablate", "attach", "attached", "detach", "scale", "set_features", "steer"]
 

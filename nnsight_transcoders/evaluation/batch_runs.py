@@ -15,12 +15,13 @@ import torch
 from nnsight.intervention.backends.local import LocalSimulationBackend
 from torch import Tensor
 
+from nnsight_transcoders.remote.backend import JobBackend
+from nnsight_transcoders.remote.calls import Job
+from nnsight_transcoders.remote.loader import run_shipped
+from nnsight_transcoders.remote.server import Remote, check_remote_model, remote_server
+from nnsight_transcoders.remote.shipping import entry_of, loader_by_value, shipped_sources
+
 from .batch_sums import layer_statistics, prediction_sums
-from .remote.backend import JobBackend
-from .remote.calls import Job
-from .remote.loader import run_shipped
-from .remote.server import Remote, check_remote_model, remote_server
-from .remote.shipping import entry_of, loader_by_value, shipped_sources
 from .token_batches import TokenBatch
 from .variants import Variant
 

@@ -1,0 +1,1 @@
+"""Transcoders inside an nnsight model, here or on a server (``edit`` is the entry)."""

@@ -1,0 +1,1 @@
+"""What a transcoder set is worth: ``verifying`` (does it fit), ``measuring``, Pareto sweeps."""
