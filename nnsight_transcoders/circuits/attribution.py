@@ -105,11 +105,8 @@ def attribute(
         SiteError: The model's parts were not found or do not fit together.
         RemoteError: A remote request failed; ``error.graph.result()`` goes on from there.
     """
-    if offload not in (None, *get_args(Offload)):
-        raise InputError(f"unknown offload {offload!r}: use 'cpu', 'disk' or None")
+    _check_settings(method, offload, max_feature_nodes, bool(remote))
     if remote:
-        if offload is not None:
-            raise InputError("offload= is for graphs of models that are here: leave it out")
         from nnsight_transcoders.remote.submitting import submit_graph
 
         return submit_graph(
@@ -130,10 +127,6 @@ def attribute(
             keep=keep,
             send=False,
         ).result()
-    if max_feature_nodes < 1:
-        raise InputError(f"max_feature_nodes must be at least 1, got {max_feature_nodes}")
-    if method not in ("auto", "operator", "autograd"):
-        raise InputError(f"unknown method {method!r}: use 'auto', 'operator' or 'autograd'")
     module = hf_module(model)
     sites = sites or resolve_sites(module)
     transcoders.check_model(sites.d_model, sites.n_layers, type(module).__name__)
@@ -168,6 +161,17 @@ def attribute(
     }
     table = edge_table(candidates, rows, expanded)
     return assemble(candidates, table, token_texts(model, token_ids), metadata)
+
+
+def _check_settings(method: str, offload: str | None, max_feature_nodes: int, remote: bool) -> None:
+    if offload not in (None, *get_args(Offload)):
+        raise InputError(f"unknown offload {offload!r}: use 'cpu', 'disk' or None")
+    if remote and offload is not None:
+        raise InputError("offload= is for graphs of models that are here: leave it out")
+    if max_feature_nodes < 1:
+        raise InputError(f"max_feature_nodes must be at least 1, got {max_feature_nodes}")
+    if method not in get_args(Method):
+        raise InputError(f"unknown method {method!r}: use 'auto', 'operator' or 'autograd'")
 
 
 def _engine(

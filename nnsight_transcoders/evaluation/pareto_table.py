@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from math import log
-from pathlib import Path
 from typing import Any
 
-from nnsight_transcoders._files import atomic_path
 from nnsight_transcoders.errors import InputError
 
+from .json_file import JsonFile
 from .report import as_text
 
 
@@ -59,7 +57,7 @@ class Bounds:
 
 
 @dataclass(frozen=True, repr=False)
-class ParetoTable:
+class ParetoTable(JsonFile):
     """What ``pareto`` found; printing it shows the table.
 
     Attributes:
@@ -159,29 +157,6 @@ class ParetoTable:
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise InputError(f"this is no stored ParetoTable: {error!r}") from error
         return cls(**given)
-
-    def save(self, path: str | Path) -> Path:
-        """Write it as JSON; ``load`` reads it back."""
-        path = Path(path)
-        with atomic_path(path) as partial:
-            text = json.dumps(self.to_dict(), indent=2, allow_nan=False)
-            partial.write_text(text + "\n", encoding="utf-8")
-        return path
-
-    @classmethod
-    def load(cls, path: str | Path) -> ParetoTable:
-        """Read what ``save`` wrote.
-
-        Raises:
-            InputError: No such file, or not of that kind.
-        """
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"cannot read {path}: {error}") from error
-        if not isinstance(data, dict):
-            raise InputError(f"{path} holds no stored ParetoTable")
-        return cls.from_dict(data)
 
     # -- table -----------------------------------------------------------------------------------
 

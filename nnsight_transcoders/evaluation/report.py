@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nnsight_transcoders._files import atomic_path
 from nnsight_transcoders.errors import InputError
+
+from .json_file import JsonFile
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -76,7 +75,7 @@ class LayerEvaluation:
 
 
 @dataclass(frozen=True, repr=False)
-class Evaluation:
+class Evaluation(JsonFile):
     """What ``evaluate`` found; printing it shows the table.
 
     Attributes:
@@ -146,29 +145,6 @@ class Evaluation:
         except (KeyError, TypeError) as error:
             raise InputError(f"this is no stored Evaluation: {error!r}") from error
         return cls(**given)
-
-    def save(self, path: str | Path) -> Path:
-        """Write it as JSON; ``load`` reads it back."""
-        path = Path(path)
-        with atomic_path(path) as partial:
-            text = json.dumps(self.to_dict(), indent=2, allow_nan=False)
-            partial.write_text(text + "\n", encoding="utf-8")
-        return path
-
-    @classmethod
-    def load(cls, path: str | Path) -> Evaluation:
-        """Read what ``save`` wrote.
-
-        Raises:
-            InputError: No such file, or not of that kind.
-        """
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"cannot read {path}: {error}") from error
-        if not isinstance(data, dict):
-            raise InputError(f"{path} holds no stored Evaluation")
-        return cls.from_dict(data)
 
     # -- tables ----------------------------------------------------------------------------------
 

@@ -17,8 +17,8 @@ import attach_support as support
 import zoo
 
 from nnsight_transcoders import attach, steer, verify
+from nnsight_transcoders.attachment.remote_layers import RemoteTranscoders
 from nnsight_transcoders.remote.server import RemoteServer
-from nnsight_transcoders.remote_layers import RemoteTranscoders
 from nnsight_transcoders.site_stream import site_values
 
 
