@@ -51,6 +51,8 @@ def make_card(
 ) -> str:
     """The text of ``README.md`` for a checkpoint with this ``config.json``."""
     kind = "transcoder" if config["kind"] == "per-layer" else "cross-layer-transcoder"
+    if _is_autoencoder(config):
+        kind = "sparse-autoencoder"
     data = ModelCardData(
         library_name="nnsight-transcoders",
         base_model=config["base_model"],
@@ -64,6 +66,8 @@ def make_card(
 
 def _title(config: Mapping[str, Any], repo_id: str | None) -> str:
     kind = "Transcoders" if config["kind"] == "per-layer" else "A cross-layer transcoder"
+    if _is_autoencoder(config):
+        kind = "Sparse autoencoders"
     name = repo_id.split("/")[-1] if repo_id else kind
     return f"# {name}\n\n{kind} for `{config['base_model'] or 'a model that is not named'}`."
 
@@ -86,20 +90,32 @@ def _facts(config: Mapping[str, Any]) -> str:
     return "\n".join(["| | |", "| --- | --- |", *(f"| {k} | {v} |" for k, v in rows.items())])
 
 
+def _is_autoencoder(config: Mapping[str, Any]) -> bool:
+    first = next(iter(config["layers"].values()))
+    return first["input_site"] == first["output_site"]
+
+
 def _snippet(config: Mapping[str, Any], repo_id: str | None) -> str:
-    model, name = config["base_model"] or "the/model", repo_id or "path/to/this/folder"
-    return f"""## Use
-
-```python
-from nnsight import TransformersModel
-from nnsight_transcoders import TranscoderSet, attach, attribute
-
-model = TransformersModel("{model}", task="text-generation", device_map="auto", dispatch=True)
-transcoders = TranscoderSet.from_pretrained("{name}")
-
-replaced = attach(model, transcoders)
-graph = attribute(model, transcoders, "The war lasted from 1732 to 17")
-```"""
+    name = repo_id or "path/to/this/folder"
+    model = f'"{config["base_model"] or "the/model"}"'
+    names = ["TranscoderSet", "attach"]
+    if config["base_model"] == "builtin":
+        model = "builtin_model_path()"
+        names.append("builtin_model_path")
+    uses = ["replaced = attach(model, transcoders)"]
+    if not _is_autoencoder(config):
+        names.append("attribute")
+        uses.append('graph = attribute(model, transcoders, "The war lasted from 1732 to 17")')
+    lines = [
+        "from nnsight import TransformersModel",
+        f"from nnsight_transcoders import {', '.join(sorted(names))}",
+        "",
+        f'model = TransformersModel({model}, task="text-generation", dispatch=True)',
+        f'transcoders = TranscoderSet.from_pretrained("{name}")',
+        "",
+        *uses,
+    ]
+    return "\n".join(["## Use", "", "```python", *lines, "```"])
 
 
 def _metrics(metrics: Mapping[str, Any]) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -160,6 +162,25 @@ def test_card(tmp_path: Path) -> None:
         made.save_pretrained(folder, metrics={0: {"l0": torch.ones(2)}})
     clt = make_set(cross_layer=True).save_pretrained(tmp_path / "clt")
     assert "cross-layer-transcoder" in ModelCard.load(clt / "README.md").data.tags
+
+
+def test_the_cards_snippet_runs(tmp_path: Path) -> None:
+    opened = TranscoderSet.from_pretrained("builtin/per-layer")
+    assert opened.config(0).base_model == "builtin"
+    card = ModelCard.load(opened.save_pretrained(tmp_path / "set") / "README.md").text
+    code = card.split("```python\n")[1].split("```")[0]
+    script = tmp_path / "snippet.py"
+    script.write_text(code.replace("path/to/this/folder", str(tmp_path / "set")))
+    subprocess.run([sys.executable, str(script)], check=True, capture_output=True)
+
+
+def test_the_card_of_an_autoencoder(tmp_path: Path) -> None:
+    made = make_set(input_site="O", output_site="O", base_model="a/b")
+    card = ModelCard.load(made.save_pretrained(tmp_path) / "README.md")
+    assert "sparse-autoencoder" in card.data.tags
+    assert "Sparse autoencoders for `a/b`." in card.text
+    assert "attach(model" in card.text
+    assert "attribute" not in card.text
 
 
 def test_an_edited_card_stays(tmp_path: Path) -> None:
