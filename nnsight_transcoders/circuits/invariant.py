@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nnsight_transcoders.attachment.replacement import check_transcodes
 from nnsight_transcoders.errors import InputError, SiteError
 from nnsight_transcoders.models import hf_module
 from nnsight_transcoders.norms import probed_spec
@@ -64,7 +65,9 @@ class InvariantModel:
 
         Raises:
             SiteError: A transcoder reads site N0 where there is no norm before the MLP.
+            InputError: It is a set of autoencoders, which do not read the stream.
         """
+        check_transcodes(transcoders)
         config, path = transcoders.config(layer), self.sites.layers[layer].mlp_norm
         if config.input_site == "R":
             return None

@@ -273,3 +273,9 @@ def test_refuses() -> None:
         connections.top_connections(nn_model, chosen, 0, 24)
     assert connections.top_connections(nn_model, chosen, 2, 0) == []
     assert resolve_sites(nn_model).n_layers == 3
+
+
+def test_autoencoders_are_refused() -> None:
+    chosen = transcoders("llama", "per-layer", input_site="O", output_site="O")
+    with pytest.raises(InputError, match="is a sparse autoencoder"):
+        read_vectors(model("llama"), chosen, 1, [0])
