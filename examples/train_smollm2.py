@@ -1,6 +1,6 @@
 """Train skip transcoders for SmolLM2-135M on a CPU, measure them, and trace a circuit with them.
 
-    python examples/train_smollm2.py                       # about 25 minutes on one slow core
+    python examples/train_smollm2.py                       # about 12 minutes of one core
     python examples/train_smollm2.py --layers 3 --tokens 50000
 
 TopK transcoders with a skip path, for two early layers, and sparse autoencoders on the same MLPs'
