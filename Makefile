@@ -19,8 +19,9 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.installed
 	$(BIN)/nnsight-transcoders trace
 
+# One thread per process: several of torch's would wait for each other.
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

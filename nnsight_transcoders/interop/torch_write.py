@@ -62,11 +62,16 @@ def write_torch_file(content: Any, path: Path) -> None:
     writer = _Writer()
     data = writer.written(content)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        archive.writestr("archive/data.pkl", data)
-        archive.writestr("archive/byteorder", "little")
+        _put(archive, "data.pkl", data)
+        _put(archive, "byteorder", b"little")
         for key, tensor in enumerate(writer.tensors):
-            archive.writestr(f"archive/data/{key}", _bytes(tensor))
-        archive.writestr("archive/version", "3\n")
+            _put(archive, f"data/{key}", _bytes(tensor))
+        _put(archive, "version", b"3\n")
+
+
+def _put(archive: zipfile.ZipFile, name: str, content: bytes) -> None:
+    """Add a file without a date: the same content makes the same archive at any time."""
+    archive.writestr(zipfile.ZipInfo(f"archive/{name}"), content)
 
 
 def _bytes(tensor: Tensor) -> bytes:

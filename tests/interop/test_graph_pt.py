@@ -232,6 +232,8 @@ def test_a_graph_comes_back(tmp_path: Path, kind: str, pruned: bool) -> None:
     assert found.replacement_score == pytest.approx(graph.replacement_score)
     again = found.to_circuit_tracer(tmp_path / "again.pt")
     assert again.read_bytes() == path.read_bytes()
+    with zipfile.ZipFile(path) as archive:  # no date in it: the same graph is the same file
+        assert {info.date_time for info in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
 
 
 @pytest.mark.usefixtures("their_classes")
