@@ -9,7 +9,8 @@ implementation of everything that reads a run.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import nnsight
@@ -27,6 +28,21 @@ from .shipping import entry_of, loader_by_value, shipped_sources
 
 #: Seconds after which a job that the server never mentioned counts as lost.
 UNKNOWN_AFTER = 60.0
+
+
+@dataclass(frozen=True)
+class Step:
+    """One of the runs that a request asks for.
+
+    Attributes:
+        inputs: What to trace: token ids ``(batch, T)``.
+        function: What runs inside that trace: see ``call``.
+        args: Plain data for it.
+    """
+
+    inputs: Any
+    function: Callable[..., Any]
+    args: tuple[Any, ...] = ()
 
 
 class Job:
@@ -149,14 +165,36 @@ def submit(
     server = remote_server(remote)
     if server is None:
         return Job(None, _here(model, inputs, function, args, options, stop))
-    check_remote_model(model)
     sources, entry = shipped_sources(function), entry_of(function)
+    return _sent(
+        model, server, lambda to: _shipped(model, inputs, sources, entry, args, options, to, stop)
+    )
+
+
+def submit_steps(model: Any, steps: Sequence[Step], server: RemoteServer, **options: Any) -> Job:
+    """Send several runs as one request, an nnsight session. Its result is the list of theirs.
+
+    Args:
+        model: See ``call``.
+        steps: The runs, each in a trace of its own.
+        server: Where to.
+        **options: Further arguments of every ``model.trace``.
+    """
+    sources: dict[str, str] = {}
+    for function in {step.function: None for step in steps}:
+        sources |= shipped_sources(function)
+    runs = [(step.inputs, entry_of(step.function), step.args) for step in steps]
+    return _sent(model, server, lambda to: _shipped_session(model, runs, sources, options, to))
+
+
+def _sent(model: Any, server: RemoteServer, block: Callable[[Any], Any]) -> Job:
+    """Give a traced block to the backend that sends it, or rehearses it here."""
+    check_remote_model(model)
     with loader_by_value(), torch.no_grad():
         if server.local:
-            backend: Any = LocalSimulationBackend(model)
-            return Job(None, _shipped(model, inputs, sources, entry, args, options, backend, stop))
+            return Job(None, block(LocalSimulationBackend(model)))
         backend = JobBackend(server, model)
-        _shipped(model, inputs, sources, entry, args, options, backend, stop)
+        block(backend)
         return Job(backend)
 
 
@@ -192,4 +230,21 @@ def _shipped(
         result = nnsight.save(run_shipped(sources, entry, (model, *args)))
         if stop:
             tracer.stop()
+    return result  # noqa: RET504 - nnsight fills it in
+
+
+def _shipped_session(
+    model: Any,
+    runs: list[tuple[Any, str, tuple[Any, ...]]],
+    sources: dict[str, str],
+    options: Mapping[str, Any],
+    backend: Any,
+) -> Any:
+    # As above, for several traces.
+    result = None
+    with model.session(backend=backend):
+        result = nnsight.save([])
+        for inputs, entry, args in runs:
+            with model.trace(inputs, **options):
+                result.append(run_shipped(sources, entry, (model, *args)))
     return result  # noqa: RET504 - nnsight fills it in

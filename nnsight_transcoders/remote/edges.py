@@ -18,13 +18,10 @@ from nnsight_transcoders.circuits.expand import next_wave
 from nnsight_transcoders.errors import PayloadTooLargeError
 
 from .edge_job import chunk_edges, unpack_rows
-from .payload import ModelShape, base_bytes, megabytes, tensor_bytes
+from .payload import MARGIN, ModelShape, base_bytes, megabytes, tensor_bytes
 from .problem import EdgeProblem
 
 logger = logging.getLogger(__name__)
-
-#: Requests are planned this much smaller than the bound: not all of one is tensors.
-MARGIN = 1.05
 
 #: Runs a shipped function on a request and returns its result.
 Ask = Callable[[Callable[..., Any], dict[str, Any]], Any]

@@ -17,7 +17,11 @@ _STATE, _RUN = "graph.json", "run.safetensors"
 
 
 class Kept:
-    """Job ids and the first request's answer.
+    """Jobs and the first request's answer.
+
+    Attributes:
+        jobs: Phase -> the job that it waits for, and which of the job's answers is this graph's.
+        packed: The first request's answer.
 
     Args:
         folder: Where they are written as soon as they are known; None keeps them in memory.
@@ -34,16 +38,16 @@ class Kept:
     ) -> None:
         self._folder = None if folder is None else Path(folder)
         self._request, self._host = json.loads(json.dumps(request)), host
-        self.jobs: dict[str, str] = {}
+        self.jobs: dict[str, tuple[str, int]] = {}
         self.packed: dict[str, Any] | None = None
         if self._folder is not None and (self._folder / _STATE).exists():
             self._read(self._folder)
 
-    def set_job(self, phase: str, job_id: str | None) -> None:
+    def set_job(self, phase: str, job_id: str | None, number: int = 0) -> None:
         """Remember, or forget, the job that a phase waits for."""
         self.jobs.pop(phase, None)
         if job_id is not None:
-            self.jobs[phase] = job_id
+            self.jobs[phase] = (job_id, number)
         self._write_state()
 
     def set_run(self, packed: dict[str, Any]) -> None:
@@ -65,9 +69,10 @@ class Kept:
     def _read(self, folder: Path) -> None:
         try:
             state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
-            kept, jobs = state["request"], dict(state["jobs"])
+            kept, jobs = state["request"], state["jobs"]
+            jobs = {phase: (str(job), int(number)) for phase, (job, number) in jobs.items()}
             self.jobs = jobs if state["host"] == self._host else {}
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"{folder / _STATE} cannot be read: {error}. Delete the folder to start anew"
             ) from error

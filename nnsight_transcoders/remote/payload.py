@@ -27,9 +27,12 @@ _COLLECT = f"{PACKAGE}.remote.packing:read_packed"
 _EDGES = f"{PACKAGE}.remote.edge_job:graph_edges"
 _ATTACHED = f"{PACKAGE}.attachment.remote_layers:build"
 _VALUES = f"{PACKAGE}.site_reads:read_values"
+_INTERVENE = f"{PACKAGE}.circuits.intervention_job:run_interventions"
 
 #: What a request is for.
-Kind = Literal["collect", "edges", "rows", "weights", "client-side features", "activations"]
+Kind = Literal[
+    "collect", "edges", "rows", "intervention", "weights", "client-side features", "activations"
+]
 #: Share that is left of tensors after compression, by bytes an element: measured on the rows of
 #: trained sets and on activations (docs/remote.md).
 COMPRESSED = {8: 0.95, 4: 0.93, 2: 0.87}
@@ -38,6 +41,10 @@ COMPRESSED = {8: 0.95, 4: 0.93, 2: 0.87}
 FRAME_BYTES, MODULE_BYTES = 3_000, 8.5
 #: The same of an answer: at all, and for each tensor in it.
 ANSWER_BYTES, TENSOR_BYTES = 2_000, 100
+
+
+#: Requests are planned this much smaller than the bound: not all of one is tensors.
+MARGIN = 1.05
 
 
 @dataclass(frozen=True)
@@ -125,6 +132,7 @@ def estimate_payload(
     n_targets: int = 10,
     n_layers: int | None = None,
     n_features: int = 1,
+    n_read: int = 0,
     d_transcoder: int = 16384,
     n_written: float = 1,
     itemsize: int = 2,
@@ -134,7 +142,8 @@ def estimate_payload(
 
     Args:
         kind: ``"collect"``: the first request of a graph. ``"edges"``: the second, where the
-            client cannot read the model's weights. ``"rows"``: an intervention on single features.
+            client cannot read the model's weights. ``"rows"``: single features of an attached
+            model. ``"intervention"``: ``graph.intervene``.
             ``"weights"``: a replaced layer whose transcoder travels. ``"client-side features"``:
             the values at the input sites come back. ``"activations"``: input- and output-site
             values for training come back.
@@ -145,7 +154,8 @@ def estimate_payload(
         n_nodes: At most so many become nodes.
         n_targets: Traced logits.
         n_layers: Layers that are read or replaced; default: all.
-        n_features: Edited features, for ``"rows"``.
+        n_features: Edited features, for ``"rows"`` and ``"intervention"``.
+        n_read: Other features that are read, for ``"intervention"``.
         d_transcoder: Features a layer, for ``"weights"``.
         n_written: Layers that a feature writes to, on average: 1, more in a cross-layer set.
         itemsize: Bytes of an element of the transcoder set as stored.
@@ -170,6 +180,12 @@ def estimate_payload(
         up = n_features * (2 * shape.d_model + 2) * itemsize
         up = round(COMPRESSED[itemsize] * up)
         return Payload(base_bytes(shape, _ATTACHED) + up, ANSWER_BYTES)
+    if kind == "intervention":
+        rows = (1 + n_written) * n_features + n_read
+        up = round(COMPRESSED[itemsize] * rows * shape.d_model * itemsize)
+        down = 2 * (shape.vocab_size * shape.itemsize + 4 * (n_features + n_read))
+        up += base_bytes(shape, _INTERVENE) + 16 * n_positions
+        return Payload(up, round(COMPRESSED[shape.itemsize] * down) + ANSWER_BYTES)
     if kind == "weights":
         rows = (1 + n_written) * d_transcoder + 1 + skip * shape.d_model
         one = rows * shape.d_model + d_transcoder

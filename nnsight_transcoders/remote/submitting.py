@@ -1,4 +1,4 @@
-"""Start a remote graph: check what was asked for, here and before anything is sent."""
+"""Start remote graphs: check what was asked for, here and before anything is sent."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from nnsight_transcoders.sets import TranscoderSet
 from nnsight_transcoders.sites import Sites, resolve_sites
 
 from .graph import RemoteGraph
+from .graph_jobs import GraphJobs
+from .graphs import RemoteGraphs
 from .keeping import Kept
 from .payload import ModelShape, collect_bytes, megabytes
 from .request import GraphRequest
@@ -102,8 +104,55 @@ def submit_graph(
     _check_size(ModelShape.of(module, sites), len(token_ids), server)
     record = {**request.record(), "model": str(getattr(model, "repo_id", None))}
     kept = Kept(keep, record, server.host)
-    graph = RemoteGraph(model, module, transcoders, request, server, sites, weights, kept, verbose)
+    jobs = GraphJobs(model, module, server)
+    graph = RemoteGraph(
+        model, module, transcoders, request, jobs, server, sites, weights, kept, verbose
+    )
     return graph.send() if send else graph
+
+
+def submit_graphs(
+    model: Any,
+    transcoders: TranscoderSet,
+    prompts: Sequence[str | Sequence[int] | Tensor],
+    *,
+    keep: str | Path | None = None,
+    send: bool = True,
+    **options: Any,
+) -> RemoteGraphs:
+    """Graphs of several prompts in the requests of one (an nnsight session on the server): one
+    request collects all runs, and at most one more computes all edges. See ``RemoteGraphs``.
+
+    Args:
+        model: See ``submit_graph``.
+        transcoders: See ``attribute``.
+        prompts: Texts, or token ids ``(T,)``.
+        keep: A folder with one folder for each prompt: see ``attribute``.
+        send: Whether to send the first request at once.
+        **options: Further arguments of ``submit_graph``, for every prompt.
+
+    Raises:
+        InputError: No prompt, or an argument that cannot be used.
+        MismatchError: The set does not fit the model.
+        PayloadTooLargeError: One answer would be larger than the bound.
+        RemoteError: The request could not be sent; ``error.graph.result()`` tries again.
+    """
+    if isinstance(prompts, (str, Tensor)):
+        raise InputError(f"prompts must be a list of prompts, got {type(prompts).__name__}")
+    graphs = RemoteGraphs(
+        [
+            submit_graph(
+                model,
+                transcoders,
+                prompt,
+                keep=None if keep is None else Path(keep) / str(number),
+                send=False,
+                **options,
+            )
+            for number, prompt in enumerate(prompts)
+        ]
+    )
+    return graphs.send() if send else graphs
 
 
 def _check_size(shape: ModelShape, n_positions: int, server: RemoteServer) -> None:

@@ -14,6 +14,7 @@ from nnsight_transcoders import (
     attribute,
     estimate_payload,
     resolve_sites,
+    submit_graphs,
 )
 from nnsight_transcoders.builtin import builtin_model_path
 
@@ -36,6 +37,16 @@ def test_one_request_where_the_weights_are_here(
     found = attribute(model, transcoders, PROMPT, remote=wire.url, weights=builtin_model_path())
     assert_same_graph(found, expected)
     assert len(wire.jobs()) == 1
+
+
+def test_several_prompts_in_one_session(
+    model: Any, local: Any, transcoders: TranscoderSet, wire: Wire
+):
+    prompts = [PROMPT, "The trial lasted from 1461 to 14"]
+    pending = submit_graphs(model, transcoders, prompts, remote=wire.url, weights="server")
+    for found, prompt in zip(pending.result(), prompts, strict=True):
+        assert_same_graph(found, attribute(local, transcoders, prompt))
+    assert len(wire.jobs()) == pending.n_requests == 2
 
 
 def test_what_is_sent_is_what_was_estimated(model: Any, transcoders: TranscoderSet, wire: Wire):

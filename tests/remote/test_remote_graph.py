@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import nnsight
@@ -180,7 +181,8 @@ def test_settings_are_checked():
 
 def test_one_feature_has_to_fit_into_a_request(server, model, per_layer):
     graph = submit_graph(model, per_layer, PROMPT, remote=server.url, weights="server")
-    graph._collected(None)
+    while graph.status() != "collect: COMPLETED":
+        time.sleep(0.01)
     graph._server = RemoteServer(server.url, max_bytes=30_000)
     with pytest.raises(PayloadTooLargeError, match="weights="):
         graph.result()

@@ -76,7 +76,7 @@ def test_a_graph_taken_up_by_another_process(own_server, model, local, per_layer
     script.write_text(code)
     arguments = [builtin_model_path(), own_server.url, str(keep), PROMPT]
     subprocess.run([sys.executable, str(script), *arguments], check=True, capture_output=True)
-    job_id = json.loads((keep / "graph.json").read_text())["jobs"]["collect"]
+    job_id = json.loads((keep / "graph.json").read_text())["jobs"]["collect"][0]
     again = submit_graph(
         model, per_layer, PROMPT, remote=own_server.url, weights="server", keep=keep
     )
@@ -159,7 +159,7 @@ def test_a_restarted_server_that_has_forgotten_a_job(model, local, per_layer):
                 time.sleep(0.01)
         waiting = Job.resume(str(job.job_id), server.url)
         waiting._seen = True  # as one that has asked before
-        graph._jobs.job("collect")._done = False
+        graph.jobs.job(graph.kept, "collect")._done = False
         server.kill()
         server.start()
         with pytest.raises(JobLostError, match="restarted"):
