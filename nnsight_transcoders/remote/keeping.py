@@ -62,7 +62,9 @@ class Kept:
 
     def _write_state(self) -> None:
         if self._folder is not None:
-            state = {"request": self._request, "host": self._host, "jobs": self.jobs}
+            # Which part of the edges a job brings is known in this process only.
+            jobs = {phase: job for phase, job in self.jobs.items() if phase != "part"}
+            state = {"request": self._request, "host": self._host, "jobs": jobs}
             with atomic_path(self._folder / _STATE) as path:
                 path.write_text(json.dumps(state, indent=1), encoding="utf-8")
 

@@ -28,6 +28,7 @@ from nnsight_transcoders.errors import (
 )
 from nnsight_transcoders.remote.calls import Job, call, submit
 from nnsight_transcoders.remote.failures import job_error
+from nnsight_transcoders.remote.keeping import Kept
 from nnsight_transcoders.remote.packing import read_packed
 from nnsight_transcoders.remote.server import RemoteServer
 from nnsight_transcoders.remote.submitting import submit_graph
@@ -94,6 +95,15 @@ def test_a_graph_taken_up_by_another_process(own_server, model, local, per_layer
     (keep / "run.safetensors").write_bytes(b"cut off")
     with pytest.raises(CheckpointError, match="Delete the folder"):
         submit_graph(model, per_layer, PROMPT, remote=own_server.url, keep=keep)
+
+
+def test_a_part_of_the_edges_is_not_taken_up_by_another_process(tmp_path):
+    """It would not know which part it is."""
+    kept = Kept(tmp_path, {"token_ids": [1]}, "http://x")
+    kept.set_job("edges", "a", 2)
+    kept.set_job("part", "b")
+    assert kept.jobs == {"edges": ("a", 2), "part": ("b", 0)}
+    assert Kept(tmp_path, {"token_ids": [1]}, "http://x").jobs == {"edges": ("a", 2)}
 
 
 def test_one_job_taken_up_by_its_id(own_server, model):
