@@ -14,42 +14,21 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from nnsight_transcoders.circuits.active import active_features
 from nnsight_transcoders.circuits.assemble import assemble
 from nnsight_transcoders.circuits.candidates import Candidates
-from nnsight_transcoders.circuits.collect import (
-    Run,
-    check_patterns,
-    run_parts,
-    token_texts,
-)
+from nnsight_transcoders.circuits.collect import Run, check_patterns, run_parts, token_texts
 from nnsight_transcoders.circuits.edge_table import EdgeTable, edge_table
 from nnsight_transcoders.circuits.engine import OperatorEngine
 from nnsight_transcoders.circuits.expand import expand
-from nnsight_transcoders.circuits.freeze import (
-    attribution_dtype,
-    check_residual,
-    freeze_norms,
-    input_values,
-    mlp_sides,
-)
+from nnsight_transcoders.circuits.freeze import attribution_dtype
 from nnsight_transcoders.circuits.graph import AttributionGraph
-from nnsight_transcoders.circuits.layer_features import ActiveFeatures
 from nnsight_transcoders.circuits.provenance import dtype_name, provenance
-from nnsight_transcoders.circuits.targets import TargetSpec, choose_targets
-from nnsight_transcoders.errors import (
-    RemoteError,
-    SiteError,
-)
-from nnsight_transcoders.sets import TranscoderSet
-from nnsight_transcoders.sites import Sites
+from nnsight_transcoders.errors import RemoteError, SiteError
 
 from .calls import Step
 from .edge_job import graph_edges
@@ -65,10 +44,8 @@ from .payload import (
     megabytes,
     tensor_bytes,
 )
-from .problem import EdgeProblem, edge_problem
-from .request import GraphRequest
-from .server import RemoteServer
-from .weights import RemoteWeights, norm_requests, projections
+from .prepared import GraphTask, Prepared, prepare, problem_of
+from .weights import norm_requests
 
 logger = logging.getLogger(__name__)
 
@@ -86,22 +63,13 @@ def naming(graph: Any) -> Iterator[None]:
         raise
 
 
-@dataclass(frozen=True)
-class _Prepared:
-    """Everything that is known before the edges."""
-
-    weights: RemoteWeights
-    where: str | None
-    norms: dict[str, Any]
-    sides: list[Any]
-    inputs: list[Tensor]
-    active: ActiveFeatures
-    chosen: TargetSpec
-    candidates: Candidates
-
-
 class RemoteGraph:
     """A graph under way, from ``submit_graph``; ``result`` ends it.
+
+    Args:
+        task: What it is of.
+        jobs: Sends its requests.
+        kept: What it has received.
 
     Attributes:
         run: The collected run, once it is here.
@@ -109,23 +77,9 @@ class RemoteGraph:
         jobs: Sends its requests.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        module: nn.Module,
-        transcoders: TranscoderSet,
-        request: GraphRequest,
-        jobs: GraphJobs,
-        server: RemoteServer,
-        sites: Sites,
-        weights: str | Path | None,
-        kept: Kept,
-        verbose: bool,
-    ) -> None:
-        self._model, self._module, self._transcoders = model, module, transcoders
-        self._request, self.jobs, self._server, self._sites = request, jobs, server, sites
-        self._weights, self.kept, self._verbose = weights, kept, verbose
-        self._prepared: _Prepared | None = None
+    def __init__(self, task: GraphTask, jobs: GraphJobs, kept: Kept) -> None:
+        self._task, self.jobs, self.kept = task, jobs, kept
+        self._prepared: Prepared | None = None
         self._edges: RemoteEdges | None = None
         self._chunk: Part | None = None
         self._answers: list[Any] = []
@@ -219,45 +173,45 @@ class RemoteGraph:
     def finish(self, timeout: float | None) -> AttributionGraph:
         """The graph, when the phases are over. Edges that are computed here are computed now, and
         those that do not fit into one request are asked for in parts."""
-        run, prepared = self._collected(), self._prepare()
-        chosen, candidates = prepared.chosen, prepared.candidates
+        prepared = self._prepare()
+        candidates = prepared.candidates
         if prepared.where is not None:
-            table = self._edges_here(run, prepared)
+            table = _edges_here(self._task, prepared)
         else:
-            edges = self._edges or self._edges_in_parts(run, prepared, timeout)
+            edges = self._edges or self._edges_in_parts(prepared, timeout)
             table = edges.table
-            chosen = replace(chosen, direction=edges.direction, bias=edges.target_bias)
+            chosen = replace(candidates.chosen, direction=edges.direction, bias=edges.target_bias)
             candidates = replace(candidates, chosen=chosen)
-        tokens = token_texts(self._model, run.token_ids)
-        return assemble(candidates, table, tokens, self._metadata(run, prepared))
+        tokens = token_texts(self._task.model, prepared.run.token_ids)
+        return assemble(candidates, table, tokens, self._metadata(prepared))
 
     def _collect_part(self) -> Part:
-        request, sites = self._request, self._sites
+        task, request, sites = self._task, self._task.request, self._task.sites
         ids = torch.tensor([request.token_ids])
-        norms = norm_requests(self._module, sites)
-        args = (run_parts(sites), [request.position], norms, self._server.dtype)
-        payload = collect_bytes(ModelShape.of(self._module, sites), len(request.token_ids))
+        norms = norm_requests(task.module, sites)
+        args = (run_parts(sites), [request.position], norms, task.server.dtype)
+        payload = collect_bytes(ModelShape.of(task.module, sites), len(request.token_ids))
         return Part(Step(ids, read_packed, args), payload)
 
     def _edge_part(self) -> Part | None:
         """The edges in one request; None where they are computed here or it would be too large."""
-        run, prepared = self._collected(), self._prepare()
+        task, prepared = self._task, self._prepare()
         if prepared.where is not None:
             return None
-        whole, candidates = self._problem(run, prepared).whole(), prepared.candidates
+        whole, candidates = problem_of(task, prepared).whole(), prepared.candidates
         down = edges_down_bytes(
             candidates.n_features,
-            min(candidates.n_features, self._request.max_feature_nodes),
+            min(candidates.n_features, task.request.max_feature_nodes),
             candidates.n_layers,
-            run.n_positions,
-            len(prepared.chosen.names),
+            prepared.run.n_positions,
+            len(candidates.chosen.names),
         )
-        payload, bound = Payload(tensor_bytes(whole), down), self._server.max_bytes
+        payload, bound = Payload(tensor_bytes(whole), down), task.server.max_bytes
         logger.info("edges: about %s", payload)
         if max(payload.up, payload.down) > bound:
             logger.info("more than max_bytes = %s: edges in parts", megabytes(bound))
             return None
-        return Part(Step(run.token_ids[None], graph_edges, (whole,)), payload)
+        return Part(Step(prepared.run.token_ids[None], graph_edges, (whole,)), payload)
 
     def _collected(self) -> Run:
         """The run that came back.
@@ -270,125 +224,60 @@ class RemoteGraph:
         packed = self.kept.packed
         assert packed is not None
         if "without_pattern" in packed:
-            path = self._sites.layers[packed["without_pattern"]].attention
+            path = self._task.sites.layers[packed["without_pattern"]].attention
             raise SiteError(
                 f"the server's {path} handed out no attention pattern: this server does not run "
                 "attention in its eager form when a request asks for it (nnsight 0.8 does), or "
                 "this attention has no pattern. The model cannot be traced there"
             )
-        run = Run(token_ids=torch.tensor(self._request.token_ids), **unpack_run(packed))
-        check_patterns(run, self._sites)
+        run = Run(token_ids=torch.tensor(self._task.request.token_ids), **unpack_run(packed))
+        check_patterns(run, self._task.sites)
         self.run = run
         return run
 
-    # -- features and nodes -----------------------------------------------------------------------
-
-    def _prepare(self) -> _Prepared:
-        if self._prepared is not None:
-            return self._prepared
-        run = self._collected()
-        assert self.kept.packed is not None
-        found = {
-            norm["path"]: probed
-            for norm, probed in zip(
-                norm_requests(self._module, self._sites), self.kept.packed["norms"], strict=True
-            )
-        }
-        checkpoint, where = None, None
-        if self._weights != "server":
-            given = None if self._weights == "auto" else self._weights
-            checkpoint, where = projections(self._model, self._module, given)
-        weights = RemoteWeights(self._module, found, checkpoint)
-        norms = freeze_norms(weights, self._sites, run)
-        check_residual(self._sites, run, norms)
-        sides = mlp_sides(self._sites, run, norms, self._transcoders)
-        inputs = input_values(run, sides)
-        dtype = attribution_dtype(run.final.dtype)
-        final = norms[self._sites.final_norm].forward(run.final.to(dtype))
-        active = active_features(run, self._transcoders, inputs, dtype, verbose=self._verbose)
-        chosen = self._targets(run, None if where is None else weights, final)
-        candidates = _nodes(run, active, chosen, self._request.position)
-        self._prepared = _Prepared(weights, where, norms, sides, inputs, active, chosen, candidates)
-        logger.info(
-            "edges are computed %s",
-            "on the server" if where is None else f"here, with weights from {where}",
-        )
+    def _prepare(self) -> Prepared:
+        if self._prepared is None:
+            run, packed = self._collected(), self.kept.packed
+            assert packed is not None
+            self._prepared = prepare(self._task, run, packed["norms"])
         return self._prepared
-
-    def _targets(self, run: Run, weights: RemoteWeights | None, final: Tensor) -> TargetSpec:
-        request = self._request
-        return choose_targets(
-            self._model,
-            weights,
-            self._sites,
-            run,
-            final[request.position],
-            request.targets,
-            request.max_n_logits,
-            request.desired_logit_prob,
-        )
 
     # -- edges ------------------------------------------------------------------------------------
 
-    def _edges_here(self, run: Run, prepared: _Prepared) -> EdgeTable:
-        engine = OperatorEngine(prepared.weights, self._sites, run, self._transcoders)
-        position, request = self._request.position, self._request
-        candidates = Candidates.build(run, prepared.active, prepared.chosen, position, engine)
-        rows, expanded = expand(
-            candidates, engine, request.max_feature_nodes, request.memory, verbose=self._verbose
-        )
-        return edge_table(candidates, rows, expanded)
-
-    def _edges_in_parts(self, run: Run, prepared: _Prepared, timeout: float | None) -> RemoteEdges:
+    def _edges_in_parts(self, prepared: Prepared, timeout: float | None) -> RemoteEdges:
+        task, ids = self._task, prepared.run.token_ids[None]
         asked = iter(range(2**31))
 
         def ask(function: Callable[..., Any], part: dict[str, Any]) -> Any:
             # The same parts in the same order each time: what has come is not asked for again.
             number = next(asked)
             if number == len(self._answers):
-                step = Step(run.token_ids[None], function, (part,))
+                step = Step(ids, function, (part,))
                 self._chunk = Part(step, Payload(tensor_bytes(part), 0))
                 self.jobs.fetch("part", [self], timeout)
             return self._answers[number]
 
         chunked = ChunkedEdges(
-            self._problem(run, prepared),
+            problem_of(task, prepared),
             prepared.candidates,
             ask,
-            self._request.max_feature_nodes,
-            self._server.max_bytes,
-            ModelShape.of(self._module, self._sites),
-            verbose=self._verbose,
+            task.request.max_feature_nodes,
+            task.server.max_bytes,
+            ModelShape.of(task.module, task.sites),
+            verbose=task.verbose,
         )
         return chunked.compute()
 
-    def _problem(self, run: Run, prepared: _Prepared) -> EdgeProblem:
-        settings = {
-            "max_nodes": self._request.max_feature_nodes,
-            "memory": self._request.memory,
-            "result_dtype": self._server.dtype,
-        }
-        return edge_problem(
-            self._sites,
-            run,
-            prepared.norms,
-            prepared.sides,
-            prepared.active,
-            prepared.chosen,
-            self._request.position,
-            settings,
-        )
-
-    def _metadata(self, run: Run, prepared: _Prepared) -> dict[str, Any]:
-        dtype, jobs = run.final.dtype, self.jobs
+    def _metadata(self, prepared: Prepared) -> dict[str, Any]:
+        task, dtype, jobs = self._task, prepared.run.final.dtype, self.jobs
         return {
-            **provenance(self._module, self._sites, self._transcoders, dtype),
+            **provenance(task.module, task.sites, task.transcoders, dtype),
             "method": "operator",
             "attribution_dtype": dtype_name(attribution_dtype(dtype)),
             "n_active_features": prepared.candidates.n_features,
-            "settings": self._request.settings(),
+            "settings": task.request.settings(),
             "remote": {
-                "host": self._server.host or "nnsight's setting",
+                "host": task.server.host or "nnsight's setting",
                 "edges": "server" if prepared.where is None else f"client ({prepared.where})",
                 "requests": jobs.n_requests,
                 "sent_bytes": jobs.sent_bytes,
@@ -397,18 +286,12 @@ class RemoteGraph:
         }
 
 
-def _nodes(run: Run, active: ActiveFeatures, chosen: TargetSpec, position: int) -> Candidates:
-    """The candidate nodes without what only computing edges needs."""
-    none = torch.zeros(0, dtype=torch.long)
-    layers = [torch.full_like(f.position, number) for number, f in active.layers.items()]
-    return Candidates(
-        run=run,
-        active=active,
-        chosen=chosen,
-        position=position,
-        layer=torch.cat([none, *layers]),
-        positions=torch.cat([none, *(f.position for f in active.layers.values())]),
-        sources={},
-        constants=[],
-        final_constants=torch.zeros(0),
+def _edges_here(task: GraphTask, prepared: Prepared) -> EdgeTable:
+    run, request = prepared.run, task.request
+    engine = OperatorEngine(prepared.weights, task.sites, run, task.transcoders)
+    chosen = prepared.candidates.chosen
+    candidates = Candidates.build(run, prepared.active, chosen, request.position, engine)
+    rows, expanded = expand(
+        candidates, engine, request.max_feature_nodes, request.memory, verbose=task.verbose
     )
+    return edge_table(candidates, rows, expanded)

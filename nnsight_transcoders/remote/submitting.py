@@ -22,6 +22,7 @@ from .graph_jobs import GraphJobs
 from .graphs import RemoteGraphs
 from .keeping import Kept
 from .payload import ModelShape, collect_bytes, megabytes
+from .prepared import GraphTask
 from .request import GraphRequest
 from .server import Remote, RemoteServer, check_remote_model, remote_server
 
@@ -104,10 +105,8 @@ def submit_graph(
     _check_size(ModelShape.of(module, sites), len(token_ids), server)
     record = {**request.record(), "model": str(getattr(model, "repo_id", None))}
     kept = Kept(keep, record, server.host)
-    jobs = GraphJobs(model, module, server)
-    graph = RemoteGraph(
-        model, module, transcoders, request, jobs, server, sites, weights, kept, verbose
-    )
+    task = GraphTask(model, module, sites, transcoders, request, server, weights, verbose)
+    graph = RemoteGraph(task, GraphJobs(model, module, server), kept)
     return graph.send() if send else graph
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from typing import Any
 
@@ -183,6 +184,7 @@ def test_one_feature_has_to_fit_into_a_request(server, model, per_layer):
     graph = submit_graph(model, per_layer, PROMPT, remote=server.url, weights="server")
     while graph.status() != "collect: COMPLETED":
         time.sleep(0.01)
-    graph._server = RemoteServer(server.url, max_bytes=30_000)
+    smaller = RemoteServer(server.url, max_bytes=30_000)
+    graph._task = dataclasses.replace(graph._task, server=smaller)
     with pytest.raises(PayloadTooLargeError, match="weights="):
         graph.result()
