@@ -38,7 +38,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for the sets, the table and the figures.")] = (
         Path("out/pareto")
     ),
-    steps: Annotated[int, typer.Option(help="Steps of 512 tokens per run.")] = 1500,
+    steps: Annotated[int, typer.Option(help="Steps of 512 tokens per run.")] = 6000,
     k: Annotated[str, typer.Option(help="Active features per token.")] = "2,4,8,16,32",
     lr: Annotated[str, typer.Option(help="Learning rates to try.")] = "5e-3",
     layers: Annotated[str, typer.Option(help="Layers, each replaced on its own.")] = "0,1,2,3",

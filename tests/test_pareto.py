@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -192,3 +193,17 @@ def test_what_cannot_be_swept():
     refused(ConfigError, "skip", kinds={"SAE": {"input_site": "O", "skip": True}})
     refused(InputError, "at least two tokens", held_out=[])
     refused(InputError, "layer", layers=9)
+
+
+def test_the_documented_sweep():
+    """The docs' figure: transcoders lie below SAEs everywhere, and its numbers are the table's."""
+    docs = Path(__file__).parents[1] / "docs"
+    text = (docs / "evaluation.md").read_text(encoding="utf-8")
+    table = ParetoTable.load(docs / "images" / "pareto_layer_3.json")
+    assert table.margin(3) > 0
+    assert f"is {table.margin(3):+.4f} nats" in text
+    original = table.bounds[3].ce
+    points = {(point.kind, point.setting["k"]): point for point in table.points}
+    for k in (2, 4, 8, 16, 32):
+        transcoder, sae = points["transcoder", k], points["SAE", k]
+        assert f"| {k} | {transcoder.ce - original:.4f} | {sae.ce - original:.4f} |" in text
