@@ -6,7 +6,7 @@ the few features that matter most in each layer and sets all others to zero, and
 the neurons of the MLPs themselves (Dunefsky, Chlenski, Nanda 2024).
 
     python examples/greater_than.py
-    python examples/greater_than.py --transcoders builtin/skip --last-only
+    python examples/greater_than.py --transcoders builtin/per-layer --last-only
     python examples/greater_than.py --gpt2 --layers 10 --last-only
 
 What the numbers mean, and what they are, is in docs/greater_than.md.
@@ -115,9 +115,7 @@ def load(gpt2: bool, name: str) -> tuple[Any, TranscoderSet]:
 
 def main(
     gpt2: Annotated[bool, typer.Option(help=f"{GPT2} with {GPT2_SET}")] = False,
-    transcoders: Annotated[str, typer.Option(help="A set of the builtin model")] = (
-        "builtin/per-layer"
-    ),
+    transcoders: Annotated[str, typer.Option(help="A set of the builtin model")] = "builtin/skip",
     layers: Annotated[str, typer.Option(help="Comma-separated (default: all of the set)")] = "",
     last_only: Annotated[bool, typer.Option(help="Touch the last position only")] = False,
     noun: Annotated[str, typer.Option(help="What lasted")] = "war",

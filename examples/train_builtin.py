@@ -1,7 +1,8 @@
 """Trains everything in `nnsight_transcoders/builtin/files`: the language model and its transcoders.
 
 The files are small enough to ship, so nobody has to run this; it is here so that every number in
-`record.json` can be made again. Commands, in order (less than an hour on two free CPU cores):
+`record.json` can be made again. The seed is 0 everywhere, and a command that is run again gives the
+same weights (docs/builtin.md). Commands, in order (less than an hour on two free CPU cores):
 
     python examples/train_builtin.py model
     python examples/train_builtin.py transcoders --kind per-layer
@@ -46,7 +47,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "clt": {"d_transcoder": 512, "activation": "batchtopk", "k": 12, "cross_layer": True},
 }
 """What the transcoder sets differ in; all read at N1 and write at O."""
-STEPS = {"per-layer": 1500, "skip": 1500, "clt": 1000}
+STEPS = 1500
 TEST_SEED = 10_000
 """The seed of the text that sets are measured on; no training run uses it."""
 DEAD_AFTER = 100
@@ -215,13 +216,12 @@ def transcoders(
     kind: str = typer.Option(..., help=f"One of {', '.join(KINDS)}."),
     model: Path = FILES / "model",
     out: Path | None = None,
-    steps: int | None = None,
+    steps: int = STEPS,
     peak: float = 2e-3,
     seed: int = 0,
     threads: int = 1,
 ) -> None:
     """Trains one set of transcoders on the model's own activations, with the package's trainer."""
-    steps = steps or STEPS[kind]
     torch.set_num_threads(threads)
     network = TransformersModel(str(model), task="text-generation", dispatch=True)
     config = TrainConfig(
@@ -242,9 +242,18 @@ def transcoders(
     trained = train(network, rows(network.tokenizer, seed + 1), config)
     folder = trained.save_pretrained(out or FILES / kind)
     (folder / "README.md").unlink()  # a Hub model card; docs/builtin.md says it better
-    if out is None:
-        settings = {"steps": steps, "tokens_per_step": TOKENS, "peak_learning_rate": peak}
-        note(("sets", kind), {**KINDS[kind], **settings, "seed": seed})
+
+
+def settings(folder: Path) -> dict[str, Any]:
+    """How a set was trained, by the `TrainConfig` that its own `config.json` keeps."""
+    kept = json.loads((folder / "config.json").read_text())["provenance"]["config"]
+    names = ("d_transcoder", "activation", "k", "skip", "cross_layer", "seed")
+    return {
+        **{name: kept[name] for name in names},
+        "steps": kept["n_tokens"] // kept["batch_size"],
+        "tokens_per_step": kept["batch_size"],
+        "peak_learning_rate": kept["lr"],
+    }
 
 
 @app.command()
@@ -260,7 +269,7 @@ def report(model: Path = FILES / "model", sets: Path = FILES, threads: int = 1) 
             opened = TranscoderSet.from_pretrained(sets / kind, dtype=torch.float32)
             modules = {layer: opened[layer] for layer in opened.layers}
             scores = set_scores(network, tokenizer, modules, ids)
-            note(("sets", kind), scores)
+            note(("sets", kind), {**settings(sets / kind), **scores})
             typer.echo(f"{kind} {json.dumps(scores)}")
 
 

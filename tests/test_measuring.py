@@ -350,14 +350,15 @@ def builtin() -> Any:
 
 
 @pytest.mark.parametrize("kind", ["per-layer", "skip", "clt"])
-def test_the_builtin_sets_cost_less_than_a_tenth_of_a_nat(builtin, kind):
+def test_the_builtin_sets_cost_less_than_a_fiftieth_of_a_nat(builtin, kind):
+    """The aim was 0.1 nats at a mean L0 of 32; they reach 0.002 to 0.007 at 12 to 16."""
     shipped = TranscoderSet.from_pretrained(f"builtin/{kind}")
     report = evaluate(builtin, shipped, "builtin", max_tokens=4000, batch_size=64, each_layer=False)
     assert report.model == "builtin"
-    assert report.together.ce_change < 0.1
-    assert report.l0 <= 32
-    assert report.together.recovered_mean > 0.98
-    assert report.together.recovered_zero > 0.98
+    assert report.together.ce_change < 0.02
+    assert report.l0 <= 16
+    assert report.together.recovered_mean > 0.99
+    assert report.together.recovered_zero > 0.99
 
 
 def test_verify_and_evaluate_agree(builtin):

@@ -90,7 +90,14 @@ def spearman(first: list[float], second: list[float]) -> float:
 @pytest.mark.parametrize("name", ["per-layer", "skip", "clt"])
 def test_direct_attribution_predicts_what_ablation_does(name: str) -> None:
     """In the model itself, nothing frozen: rank correlation of the measured effect of each feature
-    at the last position with its edge to the answer, against its activation and against chance."""
+    at the last position with its edge to the answer, against its activation and against chance.
+
+    The bound was 0.45 for earlier sets, whose features wrote several times what the MLP writes
+    (nearly five times in layer 3) and cancelled each other: taking one away moved the answer by far
+    more than the final norm and attention responded. Those of today's sets write 1.1 to 1.6 times
+    as much, so that these responses, of which an edge knows nothing, are of the effects' own size.
+    With attention and norms frozen the prediction is exact (`tests/circuits`).
+    """
     model, chosen = builtin(), transcoders(name)
     replaced = attach(model, chosen, mode="replace+error")
     found: dict[str, list[float]] = {"attribution": [], "activation": [], "random": []}
@@ -111,5 +118,6 @@ def test_direct_attribution_predicts_what_ablation_does(name: str) -> None:
         found["activation"].append(spearman(measured, graph.value[features].tolist()))
         found["random"].append(spearman(measured, chance))
     means = {key: sum(values) / len(values) for key, values in found.items()}
-    assert means["attribution"] > 0.45, means
-    assert means["attribution"] > means["activation"] > means["random"], means
+    assert means["attribution"] > 0.2, means
+    assert means["attribution"] > means["activation"] + 0.1, means
+    assert means["activation"] > means["random"], means
