@@ -62,21 +62,22 @@ def collect(folder: Path, size: tuple[int, int, int]) -> dict[str, Any]:
     record = {"model": "synthetic", "transcoders": {}, "layers": {"0": size[0]}}
     record["statistics"] = vars(statistics.config)
     progress = Progress(folder, record, statistics)
-    lengths, pass_, bare, entries = torch.full((BATCH,), CONTEXT), 0.0, 0.0, 0
+    pass_, bare, entries = 0.0, 0.0, 0
     count, total = torch.zeros(size[0]), torch.zeros(size[0], dtype=torch.float64)
     for number, active in enumerate(batches(*size)):
+        contexts = list(torch.randint(CONTEXT, (BATCH, CONTEXT)))
         start = time.perf_counter()
         count.index_add_(0, active.feature, torch.ones_like(active.value))
         total.index_add_(0, active.feature, active.value.double())
         middle = time.perf_counter()
-        statistics.add(lengths, active)
+        statistics.add(contexts, active)
         end = time.perf_counter()
         bare, pass_, entries = (
             bare + middle - start,
             pass_ + end - middle,
             entries + len(active.value),
         )
-        progress.append([torch.arange(CONTEXT)] * BATCH)
+        progress.append(contexts)
         if number == 10:
             progress.save()
     passed = peak_gb()

@@ -1,4 +1,4 @@
-"""Checks on the nnsight model that a user hands in."""
+"""The nnsight model that a user hands in: its module, checked, and its name."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from .builtin import builtin_model_path
 from .errors import InputError
 
 
@@ -41,3 +42,9 @@ def hf_module(model: Any, *, weights: bool = True) -> nn.Module:
 def has_weights(module: nn.Module) -> bool:
     """Whether a module's weights are here, and not on the meta device."""
     return not any(parameter.is_meta for parameter in module.parameters())
+
+
+def hub_name(module: nn.Module) -> str | None:
+    """The model's Hub id or folder, ``"builtin"`` for the builtin one; None if it has no name."""
+    name = getattr(getattr(module, "config", None), "_name_or_path", None)
+    return "builtin" if name == builtin_model_path() else str(name or "") or None

@@ -16,11 +16,13 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
     from torch import Tensor
 
-    from .circuits.contributions import CircuitRun, FeatureVector
+    from .circuits.contributions import CircuitRun
     from .circuits.effects import EffectTable
+    from .circuits.feature_vectors import FeatureVector
     from .circuits.graph import AttributionGraph
     from .circuits.paths import Path
     from .evaluation.pareto_table import ParetoTable
+    from .remote.server import Remote
     from .sets import TranscoderSet
     from .sites import Sites
 
@@ -195,6 +197,7 @@ def plot_logit_effects(
     *,
     top: int = 10,
     sites: Sites | None = None,
+    remote: Remote | None = None,
 ) -> Figure:
     """Bars of the tokens whose logits a feature raises and lowers the most.
 
@@ -205,6 +208,7 @@ def plot_logit_effects(
         feature: Which feature.
         top: How many tokens at either end.
         sites: The model's sites, where they have to be given by hand.
+        remote: The model is on a server: True, an address, or a ``RemoteServer``.
     """
     from .circuits.collect import token_texts
     from .circuits.weights import logit_effects
@@ -212,7 +216,7 @@ def plot_logit_effects(
     go = _graph_objects()
     if top < 1:
         raise InputError(f"top must be at least 1, got {top}")
-    effects = logit_effects(model, transcoders, layer, [feature], sites=sites)[0]
+    effects = logit_effects(model, transcoders, layer, [feature], sites=sites, remote=remote)[0]
     order = effects.argsort()
     chosen = order if len(order) <= 2 * top else order[[*range(top), *range(-top, 0)]]
     values = effects[chosen].tolist()

@@ -2,20 +2,23 @@
 
 Opening a set reads headers only. ``set[layer]`` loads a layer and keeps it; ``set.load(layer)``
 loads it without keeping it, which is how circuits are traced with sets larger than the memory;
-``set.rows`` reads single encoder or decoder rows. Where the weights come from is a ``LayerSource``,
-of which each checkpoint format under ``hub/`` has one; this module knows none of them.
+``set.rows`` reads single encoder or decoder rows. Where the weights come from is a ``LayerSource``
+(``layer_sources.py``), of which each checkpoint format under ``hub/`` has one; this module knows
+none of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .activations import keep_joint
 from .errors import CheckpointError, ConfigError, InputError, MismatchError
+from .layer_sources import LayerSource, MemorySource, Rows, Subset
 from .transcoder import (
     CrossLayerPart,
     CrossLayerTranscoder,
@@ -25,52 +28,6 @@ from .transcoder import (
     cross_layer_decode,
 )
 
-Rows = Literal["encoder", "decoder"]
-
-
-class LayerSource(Protocol):
-    """Where a set's weights come from: what a checkpoint format has to provide.
-
-    Attributes:
-        configs: Layer -> config, known without reading any weight.
-        provenance: Repository, revision, files, format, folds applied: JSON-ready.
-    """
-
-    @property
-    def configs(self) -> Mapping[int, TranscoderConfig]: ...
-
-    @property
-    def provenance(self) -> Mapping[str, Any]: ...
-
-    def load(self, layer: int) -> Transcoder | CrossLayerPart:
-        """The layer's module on the CPU in its stored dtype."""
-        ...
-
-    def rows(self, layer: int, indices: Tensor, which: Rows) -> Tensor:
-        """Encoder rows ``(n, d_in)`` or decoder rows ``(n, d_out)`` / ``(n, n_targets, d_out)``."""
-        ...
-
-
-class MemorySource:
-    """Transcoders that are already in memory, as a ``LayerSource``."""
-
-    def __init__(
-        self,
-        modules: Mapping[int, Transcoder | CrossLayerPart],
-        provenance: Mapping[str, Any] | None = None,
-    ) -> None:
-        self._modules = dict(sorted(modules.items()))
-        self.configs = {layer: module.config for layer, module in self._modules.items()}
-        self.provenance = dict(provenance or {"format": "memory"})
-
-    def load(self, layer: int) -> Transcoder | CrossLayerPart:
-        return self._modules[layer]
-
-    def rows(self, layer: int, indices: Tensor, which: Rows) -> Tensor:
-        module = self._modules[layer]
-        weight = module.W_enc if which == "encoder" else module.W_dec
-        return weight.detach()[indices]
-
 
 class TranscoderSet:
     """The transcoders of one model: a mapping from layer to transcoder, or one cross-layer one.
@@ -79,6 +36,11 @@ class TranscoderSet:
         source: Where the weights come from.
         device: Where layers are put when they load (default: CPU).
         dtype: What they are cast to when they load (default: as stored).
+
+    Attributes:
+        cross_layer: Whether it is one cross-layer transcoder.
+        joint_k: Features kept per position over all layers together; None where each layer's are
+            chosen by themselves.
 
     Raises:
         ConfigError: The layers disagree on what must be one thing for the whole set.
@@ -96,10 +58,17 @@ class TranscoderSet:
         kinds = {config.cross_layer for config in source.configs.values()}
         if len(kinds) > 1:
             raise ConfigError("a transcoder set is either per-layer or cross-layer, not both")
+        joint = {config.joint_k for config in source.configs.values()}
+        if len(joint) > 1:
+            raise ConfigError(
+                "the layers of a set whose features are chosen over all layers together must all "
+                f"say so with one k, got {', '.join(sorted(map(str, joint)))}"
+            )
         self.source = source
         self.device = torch.device(device or "cpu")
         self.dtype = dtype
         self.cross_layer: bool = kinds.pop()
+        self.joint_k: int | None = joint.pop()
         self._kept: dict[int, Transcoder | CrossLayerPart] = {}
 
     @classmethod
@@ -269,6 +238,33 @@ class TranscoderSet:
             return (layer,)
         return tuple(target for target in self.layers if target >= layer)
 
+    @torch.no_grad()
+    def encode(self, inputs: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """Feature activations of some layers; no layer is kept that was not before.
+
+        Args:
+            inputs: Layer -> value at its input site ``(..., T, d_in)``, on any device.
+
+        Returns:
+            Layer -> ``(..., T, d_transcoder)``; zero at leading positions that the set leaves out.
+
+        Raises:
+            InputError: Some layers only of a set whose features are chosen over all layers.
+        """
+        if self.joint_k is not None and set(inputs) != set(self.layers):
+            raise InputError(
+                "this set chooses its features over all layers together: it needs the values of "
+                f"layers {list(self.layers)}, got {sorted(inputs)}"
+            )
+        found, norms = {}, {}
+        for layer, x in inputs.items():
+            part = self.load(layer)
+            found[layer] = part.encode(x.to(part.W_enc.device))
+            found[layer][..., : self.config(layer).leading_positions, :] = 0
+            if self.joint_k is not None:
+                norms[layer] = part.decoder_norms()
+        return found if self.joint_k is None else keep_joint(found, norms, self.joint_k)
+
     def decode(
         self, layer: int, activations: Mapping[int, Tensor], x: Tensor | None = None
     ) -> Tensor:
@@ -290,7 +286,8 @@ class TranscoderSet:
         """The same set restricted to some layers.
 
         Raises:
-            InputError: A layer that is not there, or a cross-layer set: its layers need each other.
+            InputError: A layer that is not there, or a set whose layers need each other: a
+                cross-layer one, or one whose features are chosen over all layers together.
         """
         for layer in layers:
             self._check(layer)
@@ -299,8 +296,13 @@ class TranscoderSet:
                 "a cross-layer set cannot be cut to some layers: each layer's output needs the "
                 "features of all layers below it"
             )
+        if self.joint_k is not None and set(layers) != set(self.layers):
+            raise InputError(
+                "a set whose features are chosen over all layers together cannot be cut to some "
+                "layers: which of their features stay depends on the others"
+            )
         return TranscoderSet(
-            _Subset(self.source, sorted(set(layers))), device=self.device, dtype=self.dtype
+            Subset(self.source, sorted(set(layers))), device=self.device, dtype=self.dtype
         )
 
     def to(
@@ -339,21 +341,6 @@ class TranscoderSet:
             f"d_transcoder={first.d_transcoder}, activation={first.activation}, "
             f"{first.input_site}->{first.output_site}, from {where})"
         )
-
-
-class _Subset:
-    """A ``LayerSource`` restricted to some layers of another one."""
-
-    def __init__(self, source: LayerSource, layers: Sequence[int]) -> None:
-        self._source = source
-        self.configs = {layer: source.configs[layer] for layer in layers}
-        self.provenance = source.provenance
-
-    def load(self, layer: int) -> Transcoder | CrossLayerPart:
-        return self._source.load(layer)
-
-    def rows(self, layer: int, indices: Tensor, which: Rows) -> Tensor:
-        return self._source.rows(layer, indices, which)
 
 
 def _check_finite(module: FeatureEncoder, layer: int) -> None:

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .activations import keep_joint
 from .blocks import LayerSites
 from .circuits.collect import token_ids_of
 from .circuits.invariant_job import called_norms
@@ -153,24 +152,11 @@ def read_features(
     transcoders.check_model(sites.d_model, sites.n_layers, type(module).__name__)
     chosen = list(transcoders.layers if layers is None else layers)
     ids = token_ids_of(model, prompt, sites)
-    configs = {layer: transcoders.config(layer) for layer in chosen}
-    joint = any(config.activation == "jointtopk" for config in configs.values())
-    if joint:  # which features stay is chosen over all layers
-        configs = {layer: transcoders.config(layer) for layer in transcoders.layers}
-    wanted: list[Where] = [(layer, config.input_site) for layer, config in configs.items()]
+    # Where features are chosen over all layers together, all have to be read.
+    read = chosen if transcoders.joint_k is None else transcoders.layers
+    wanted: list[Where] = [(layer, transcoders.config(layer).input_site) for layer in read]
     values = site_values(model, wanted, ids[None], sites=sites, remote=remote)
-    found, norms = {}, {}
-    for layer, config in configs.items():
-        part = transcoders.load(layer)
-        with torch.no_grad():
-            found[layer] = part.encode(values[layer, config.input_site][0].to(part.W_enc.device))
-            found[layer][: config.leading_positions] = 0
-            if joint:
-                norms[layer] = part.decoder_norms()
-    if joint:
-        k = configs[chosen[0]].k
-        assert k is not None
-        found = keep_joint(found, norms, k)
+    found = transcoders.encode({layer: values[layer, site][0] for layer, site in wanted})
     return {layer: found[layer] for layer in chosen}
 
 

@@ -21,15 +21,13 @@ from torch import Tensor, nn
 
 from .activations import check_activation, keep_joint, make_activation
 from .errors import ConfigError, InputError
+from .sparse_product import sparse_decode, use_sparse
 
 #: Where a transcoder reads: the raw residual stream, the norm before its gain, the norm's output. A
 #: sparse autoencoder reads what it reconstructs, one of the output sites.
 InputSite = Literal["R", "N0", "N1", "O", "O'"]
 #: Where its output goes: the MLP's output, or that after the norm which follows the MLP.
 OutputSite = Literal["O", "O'"]
-
-#: Below this share of active features the sparse decoder is the faster one.
-SPARSE_BELOW = 0.02
 
 
 @dataclass(frozen=True)
@@ -105,6 +103,12 @@ class TranscoderConfig:
         """Whether it reads what it reconstructs: a sparse autoencoder, not a transcoder."""
         return self.input_site == self.output_site
 
+    @property
+    def joint_k(self) -> int | None:
+        """Features kept per position over all layers together; None where each layer's are chosen
+        by themselves."""
+        return self.k if self.activation == "jointtopk" else None
+
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary that ``from_dict`` reads back."""
         return asdict(self)
@@ -143,57 +147,6 @@ def torch_dtype(name: str) -> torch.dtype:
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ConfigError(f"{name!r} is not a floating-point torch dtype")
     return dtype
-
-
-class _SparseDecode(torch.autograd.Function):
-    """The product through nonzero activations; its gradients are those of the dense product.
-
-    ``embedding_bag`` alone would give no gradient to a feature that is zero, so what a trace reads
-    as a feature's gradient would depend on which decoder was chosen.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, acts: Tensor, table: Tensor, stride: int, offset: int) -> Tensor:
-        rows, columns = acts.nonzero(as_tuple=True)
-        ctx.save_for_backward(acts, table)
-        ctx.stride, ctx.offset = stride, offset
-        counts = torch.bincount(rows, minlength=acts.shape[0])
-        return F.embedding_bag(
-            columns * stride + offset,
-            table,
-            offsets=counts.cumsum(0) - counts,
-            mode="sum",
-            per_sample_weights=acts[rows, columns],
-        )
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        acts, table = ctx.saved_tensors
-        for_acts = for_table = None
-        if ctx.needs_input_grad[0]:
-            for_acts = grad @ table[ctx.offset :: ctx.stride].T
-        if ctx.needs_input_grad[1]:
-            rows, columns = acts.nonzero(as_tuple=True)
-            written = acts[rows, columns, None] * grad[rows]
-            index = columns * ctx.stride + ctx.offset
-            for_table = torch.zeros_like(table).index_add(0, index, written)
-        return for_acts, for_table, None, None
-
-
-def sparse_decode(activations: Tensor, table: Tensor, stride: int = 1, offset: int = 0) -> Tensor:
-    """``activations @ table`` through the nonzero activations only.
-
-    Args:
-        activations: ``(..., F)``.
-        table: ``(F * stride, d_out)``, contiguous; feature ``i`` has row ``i * stride + offset``.
-
-    Returns:
-        ``(..., d_out)``; it and its gradients are those of the dense product up to the order of
-        summation.
-    """
-    flat = activations.reshape(-1, activations.shape[-1])
-    out = _SparseDecode.apply(flat, table, stride, offset)
-    return out.reshape(*activations.shape[:-1], table.shape[-1])
 
 
 class FeatureEncoder(nn.Module):
@@ -259,12 +212,6 @@ class FeatureEncoder(nn.Module):
         )
 
 
-def _use_sparse(activations: Tensor, sparse: bool | None) -> bool:
-    if sparse is not None:
-        return sparse
-    return activations.count_nonzero().item() < SPARSE_BELOW * activations.numel()
-
-
 class Transcoder(FeatureEncoder):
     """A per-layer transcoder: ``y = act(W_enc x + b_enc) W_dec + b_dec (+ x W_skip.T)``."""
 
@@ -286,7 +233,7 @@ class Transcoder(FeatureEncoder):
                 from the share of active features.
         """
         activations = activations.to(self.W_dec.dtype)
-        if _use_sparse(activations, sparse):
+        if use_sparse(activations, sparse):
             out = sparse_decode(activations, self.W_dec)
         else:
             out = activations @ self.W_dec
@@ -330,7 +277,7 @@ class CrossLayerPart(FeatureEncoder):
             )
         j = self.targets.index(target)
         activations = activations.to(self.W_dec.dtype)
-        if _use_sparse(activations, sparse):
+        if use_sparse(activations, sparse):
             table = self.W_dec.reshape(-1, self.config.d_out)
             return sparse_decode(activations, table, stride=len(self.targets), offset=j)
         return activations @ self.W_dec[:, j]
@@ -410,10 +357,10 @@ class CrossLayerTranscoder(nn.Module):
     def forward(self, inputs: Mapping[int, Tensor]) -> dict[int, Tensor]:
         """Input-site values of all layers -> reconstructions of all layers."""
         activations = {layer: self.encode(inputs[layer], layer) for layer in self.layers}
-        config = self.part(self.layers[0]).config
-        if config.activation == "jointtopk" and config.k is not None:
+        joint_k = self.part(self.layers[0]).config.joint_k
+        if joint_k is not None:
             norms = {layer: self.part(layer).decoder_norms() for layer in self.layers}
-            activations = keep_joint(activations, norms, config.k)
+            activations = keep_joint(activations, norms, joint_k)
         return {
             layer: self.decode(activations, layer, inputs[layer]).to(inputs[layer].dtype)
             for layer in self.layers

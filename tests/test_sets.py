@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from nnsight_transcoders.errors import CheckpointError, ConfigError, InputError, MismatchError
-from nnsight_transcoders.sets import Rows, TranscoderSet
+from nnsight_transcoders.layer_sources import Rows
+from nnsight_transcoders.sets import TranscoderSet
 from nnsight_transcoders.transcoder import (
     CrossLayerPart,
     CrossLayerTranscoder,
@@ -397,3 +398,48 @@ def test_provenance_is_a_copy():
     source = CountingSource((0,))
     TranscoderSet(source).provenance["revision"] = "other"
     assert source.provenance["revision"] == "abc"
+
+
+# -- features chosen over all layers together ----------------------------------------------------
+
+
+JOINT = {"activation": "jointtopk", "k": 5}
+
+
+def test_encode_gives_each_layers_features_without_keeping_it():
+    source = CountingSource((0, 2), leading_positions=1)
+    transcoders = TranscoderSet(source)
+    x = torch.randn(2, 4, D_MODEL, generator=torch.Generator().manual_seed(0))
+    found = transcoders.encode({2: x})
+    expected = transcoder(2).encode(x)
+    expected[:, :1] = 0
+    torch.testing.assert_close(found[2], expected)
+    transcoders.encode({2: x})
+    assert source.loads == [2, 2]
+
+
+def test_jointly_chosen_features_are_those_that_write_the_most():
+    transcoders = TranscoderSet(CountingSource((0, 1), **JOINT))
+    assert transcoders.joint_k == 5
+    assert TranscoderSet(CountingSource((0, 1))).joint_k is None
+    generator = torch.Generator().manual_seed(0)
+    x = {layer: torch.randn(3, D_MODEL, generator=generator) for layer in (0, 1)}
+    found = transcoders.encode(x)
+    score = torch.cat([(transcoder(n).encode(x[n])) * transcoder(n).decoder_norms() for n in x], 1)
+    kept = torch.zeros_like(score).scatter_(1, score.topk(5).indices, 1.0).bool() & (score > 0)
+    assert torch.equal(torch.cat([found[0], found[1]], 1) > 0, kept)
+
+
+def test_layers_that_choose_together_need_each_other():
+    transcoders = TranscoderSet(CountingSource((0, 1), **JOINT))
+    with pytest.raises(InputError, match=r"layers \[0, 1\], got \[1\]"):
+        transcoders.encode({1: torch.zeros(1, D_MODEL)})
+    with pytest.raises(InputError, match="cannot be cut"):
+        transcoders.subset([1])
+    assert transcoders.subset([1, 0]).joint_k == 5
+
+
+@pytest.mark.parametrize("other", [{"activation": "relu"}, {**JOINT, "k": 6}])
+def test_layers_that_choose_together_must_agree(other):
+    with pytest.raises(ConfigError, match="with one k, got 5, (6|None)"):
+        TranscoderSet.from_transcoders({0: transcoder(0, **JOINT), 1: transcoder(1, **other)})

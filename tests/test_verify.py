@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
+import nnsight
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,6 +23,7 @@ from nnsight_transcoders import (
     Transcoder,
     TranscoderConfig,
     TranscoderSet,
+    builtin_model_path,
     resolve_sites,
     verify,
 )
@@ -49,10 +52,23 @@ def test_an_exact_set_passes(relu, skip):
         assert (fit.verdict, fit.hypothesis) == ("fits", None)
 
 
-def test_the_builtin_default_text_is_used_without_one(relu):
-    with pytest.raises(InputError, match="no piece of at least two tokens|not vary"):
-        verify(relu, exact(relu), "w5")
+def test_without_a_text_there_is_a_default_one(relu):
     assert verify(relu, exact(relu)).n_tokens > 50
+
+
+def test_the_builtin_model_gets_its_own_text_whatever_it_is_called(tmp_path):
+    folder = shutil.copytree(builtin_model_path(), tmp_path / "renamed")
+    copy = nnsight.TransformersModel(str(folder), task="text-generation", dispatch=True)
+    report = verify(copy, TranscoderSet.from_pretrained("builtin/per-layer"))
+    assert report.ok
+    assert report.ce < 2.5  # of English it knows no word
+
+
+def test_a_long_text_is_measured_piece_by_piece(relu):
+    text = [i for row in TEXT for i in row] * 3
+    report = verify(relu, exact(relu), [text])
+    assert report.n_tokens == len(text) > relu._module.config.n_positions
+    assert report.ok
 
 
 # -- cross-layer ---------------------------------------------------------------------------------
@@ -136,11 +152,11 @@ class Hooked:
 
 
 def test_texts_that_cannot_be_measured(relu):
-    for text in ("w5", [[5]], [], ["w5", [7]]):
-        with pytest.raises(InputError, match="no piece of at least two tokens"):
+    for text in ("", "w5", [[5]], [], ["w5", [7]]):
+        with pytest.raises(InputError, match="no text of at least two tokens"):
             verify(relu, exact(relu), text)
-    with pytest.raises(InputError, match="empty"):
-        verify(relu, exact(relu), "")
+    with pytest.raises(InputError, match="list of token ids, got int"):
+        verify(relu, exact(relu), [5, 6, 7])
     with pytest.raises(InputError, match="does not vary"):
         verify(relu, exact(relu, leading_positions=1), [[5, 6]])
 

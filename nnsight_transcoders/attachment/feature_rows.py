@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from nnsight_transcoders.errors import InputError
-from nnsight_transcoders.sets import Rows, TranscoderSet
+from nnsight_transcoders.layer_sources import Rows
+from nnsight_transcoders.sets import TranscoderSet
 from nnsight_transcoders.transcoder import CrossLayerPart, Transcoder
 
 #: Activations of which one feature can be known without the others.

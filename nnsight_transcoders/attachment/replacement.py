@@ -27,14 +27,13 @@ def check_layerwise(transcoders: TranscoderSet) -> None:
     Raises:
         InputError: They are chosen over all layers together.
     """
-    for layer in transcoders.layers:
-        if transcoders.config(layer).activation == "jointtopk":
-            raise InputError(
-                "this set keeps the k features that write the most over all layers together "
-                "(activation 'jointtopk'): while an early layer runs, the features of later layers "
-                "are not known yet, so it cannot be attached to a running model. attribute() and "
-                "verify() work: they encode a finished run"
-            )
+    if transcoders.joint_k is not None:
+        raise InputError(
+            "this set keeps the k features that write the most over all layers together "
+            "(activation 'jointtopk'): while an early layer runs, the features of later layers "
+            "are not known yet, so it cannot be attached to a running model. attribute() and "
+            "verify() work: they encode a finished run"
+        )
 
 
 def check_transcodes(transcoders: TranscoderSet) -> None:

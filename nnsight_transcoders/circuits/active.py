@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from nnsight_transcoders.sets import Rows, TranscoderSet
+from nnsight_transcoders.layer_sources import Rows
+from nnsight_transcoders.sets import TranscoderSet
 from nnsight_transcoders.transcoder import CrossLayerPart, FeatureEncoder, Transcoder
 
 from .collect import Run
@@ -161,8 +162,8 @@ def chosen_jointly(
     A pass of its own, so that decoder rows are only gathered of the features that stay. No layer
     can contribute more than k features to a position, so no more than those are held per layer.
     """
-    config = transcoders.config(transcoders.layers[0])
-    if config.activation != "jointtopk" or config.k is None:
+    k = transcoders.joint_k
+    if k is None:
         return {}
     found, scores = {}, {}
     for layer in transcoders.layers:
@@ -170,10 +171,10 @@ def chosen_jointly(
         with torch.no_grad():
             sparse = sparse_encode(module, inputs[layer])
             score = sparse[2] * module.decoder_norms()[sparse[1]]
-        kept = largest_per_position(sparse[0], score, config.k)
+        kept = largest_per_position(sparse[0], score, k)
         found[layer], scores[layer] = _masked(sparse, kept), score[kept]
     positions = torch.cat([sparse[0] for sparse in found.values()])
-    kept = largest_per_position(positions, torch.cat(list(scores.values())), config.k)
+    kept = largest_per_position(positions, torch.cat(list(scores.values())), k)
     masks = kept.split([len(score) for score in scores.values()])
     return {
         layer: _masked(sparse, mask)

@@ -18,10 +18,12 @@ from typing import Any
 from torch import Tensor
 
 from nnsight_transcoders.errors import InputError
+from nnsight_transcoders.remote.server import Remote
 from nnsight_transcoders.sets import TranscoderSet
 from nnsight_transcoders.sites import Sites
 
-from .contributions import CircuitRun, Contribution, FeatureVector
+from .contributions import CircuitRun
+from .feature_vectors import Contribution, FeatureVector
 from .paths import Path, Where, top_paths
 from .summary import Ranked, activations, check_feature, ranked_tokens
 from .weights import de_embeddings, logit_effects
@@ -105,6 +107,7 @@ class BlindStudy:
         restricted: Also ban what layer-0 features do on the prompts.
         corpus: Texts for the top examples, run when they are revealed.
         sites: The model's sites, where they have to be given by hand.
+        remote: The model is on a server: True, an address, or a ``RemoteServer``.
 
     Raises:
         InputError: No prompts, no such feature, or a layer-0 feature in a restricted study.
@@ -121,6 +124,7 @@ class BlindStudy:
         restricted: bool = False,
         corpus: Sequence[Prompt] = (),
         sites: Sites | None = None,
+        remote: Remote | None = None,
     ) -> None:
         if isinstance(prompts, str) or not len(prompts):
             raise InputError("prompts must be a list with at least one prompt")
@@ -131,7 +135,8 @@ class BlindStudy:
                 "pass restricted=False or another layer"
             )
         self.layer, self.index, self.restricted = layer, index, restricted
-        self._model, self._set, self._sites = model, transcoders, sites
+        self._model, self._set = model, transcoders
+        self._where: dict[str, Any] = {"sites": sites, "remote": remote}
         self._prompts, self._corpus = list(prompts), list(corpus)
         self._runs: dict[int, CircuitRun] = {}
         self._hypothesis: str | None = None
@@ -212,7 +217,7 @@ class BlindStudy:
     ) -> tuple[Ranked, Ranked]:
         """The tokens that a feature (default: the one under study) raises most and lowers most."""
         at = self._invariant("logit_effects", layer, index)
-        effects = logit_effects(self._model, self._set, at[0], [at[1]], sites=self._sites)[0]
+        effects = logit_effects(self._model, self._set, at[0], [at[1]], **self._where)[0]
         raised = ranked_tokens(self._model, effects, top)
         return raised, ranked_tokens(self._model, effects, top, largest=False)
 
@@ -221,7 +226,7 @@ class BlindStudy:
     ) -> Ranked:
         """The tokens that would switch a feature (default: the one under study) on most."""
         at = self._invariant("de_embedding", layer, index)
-        reads = de_embeddings(self._model, self._set, at[0], [at[1]], sites=self._sites)[0]
+        reads = de_embeddings(self._model, self._set, at[0], [at[1]], **self._where)[0]
         return ranked_tokens(self._model, reads, top)
 
     # -- the end ---------------------------------------------------------------------------------
@@ -271,7 +276,7 @@ class BlindStudy:
         return layer, index
 
     def _collect(self, prompt: Prompt) -> CircuitRun:
-        return CircuitRun.collect(self._model, self._set, prompt, sites=self._sites)
+        return CircuitRun.collect(self._model, self._set, prompt, **self._where)
 
     def _run(self, prompt: int) -> CircuitRun:
         if not 0 <= prompt < len(self):

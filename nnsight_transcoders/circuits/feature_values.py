@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from nnsight_transcoders.errors import InputError
-from nnsight_transcoders.norms import norm_spec
 from nnsight_transcoders.sets import TranscoderSet
 
 from .active import Sparse, chosen_jointly, sparse_encode
@@ -134,10 +133,9 @@ class FeatureValues:
             by_layer(transcoders, targets),
         )
         self._width = {"sources": len(sources), "targets": len(targets)}
-        first = transcoders.config(transcoders.layers[0])
-        self._joint = first.activation == "jointtopk"
         self._leading = max(transcoders.config(layer).leading_positions for layer in transcoders)
-        layers = () if self._joint else {*self._sources, *self._targets}
+        together = transcoders.joint_k is not None
+        layers = () if together else {*self._sources, *self._targets}
         self._modules = {
             layer: transcoders.load(layer, dtype=invariant.dtype).to(invariant.device)
             for layer in layers
@@ -166,7 +164,7 @@ class FeatureValues:
 
     def _active(self, run: Run) -> dict[int, Sparse]:
         dtype = self._invariant.dtype
-        if self._joint:
+        if self._set.joint_k is not None:
             inputs = [self._input(run, layer) for layer in range(len(run.resid))]
             return chosen_jointly(run, self._set, inputs, dtype)
         with torch.no_grad():
@@ -180,14 +178,12 @@ class FeatureValues:
         site = self._set.config(layer).input_site if layer in self._set else "R"
         if site == "N0":
             path = str(self._invariant.sites.layers[layer].mlp_norm)
-            norm = self._invariant.module.get_submodule(path)
-            spec = norm_spec(norm, path, run.mid[layer])
+            spec = self._invariant.norm_spec(path, run.mid[layer])
             return spec.normalise(run.mid[layer].to(self._invariant.dtype))
         return (run.mid if site == "R" else run.mlp_in)[layer].to(self._invariant.dtype)
 
     def _scale(self, path: str | None, x: Tensor) -> Tensor:
-        norm = self._invariant.module.get_submodule(str(path))
-        spec = norm_spec(norm, str(path), x)
+        spec = self._invariant.norm_spec(str(path), x)
         return spec.scale(x.to(self._invariant.dtype)).double().cpu()
 
     def _dense(

@@ -28,13 +28,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from nnsight_transcoders.errors import InputError
+from nnsight_transcoders.remote.server import Remote
 from nnsight_transcoders.sets import TranscoderSet
 from nnsight_transcoders.sites import Sites
 
-from .collect import collect, token_ids_of
+from .collect import token_ids_of
 from .corpus_state import CorpusState, load_state, next_digest, save_state
 from .feature_values import FeatureValues, PairWeights
-from .invariant import InvariantModel
+from .invariant import invariant_model
 
 #: Most pairs of features at a time; each takes some 60 bytes.
 MAX_PAIRS = 2**24
@@ -98,6 +99,7 @@ def global_weights(
     max_tokens: int | None = None,
     verbose: bool = False,
     sites: Sites | None = None,
+    remote: Remote | None = None,
 ) -> GlobalWeights:
     """Stream a corpus and weigh the connections of some features with their activations.
 
@@ -113,6 +115,8 @@ def global_weights(
         max_tokens: Cut prompts to so many tokens.
         verbose: Show progress.
         sites: The model's sites, where they have to be given by hand.
+        remote: The model is on a server: True, an address, or a ``RemoteServer``. One request for
+            each prompt brings its run.
 
     Raises:
         InputError: No target is above any source; too many pairs; a prompt that cannot be used; an
@@ -120,7 +124,7 @@ def global_weights(
         MismatchError: The file belongs to other features, another set or another corpus.
     """
     _check(sources, targets, save_every, max_tokens)
-    invariant = InvariantModel(model, sites)
+    invariant = invariant_model(model, sites, remote)
     pairs = PairWeights(invariant, transcoders, sources, targets)
     values = FeatureValues(invariant, transcoders, sources, targets)
     path = None if state is None else Path(state)
@@ -130,8 +134,7 @@ def global_weights(
     _skip(prompts, ids_of, sums)
     for prompt in tqdm(prompts, desc="corpus", disable=not verbose, leave=False):
         ids = ids_of(prompt)
-        run = collect(model, invariant.sites, ids)
-        sums.add(values(run), pairs)
+        sums.add(values(invariant.run(ids)), pairs)
         sums.n_prompts += 1
         sums.digest = next_digest(sums.digest, ids)
         if path is not None and sums.n_prompts % save_every == 0:

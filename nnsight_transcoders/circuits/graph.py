@@ -13,7 +13,7 @@ holds to rounding, which ``completeness_error`` reports, before and after prunin
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ from nnsight_transcoders.errors import InputError
 
 from . import graph_views
 from . import prune as _prune
+from . import subgraphs as _subgraphs
 from .graph_exports import GraphExports
 from .graph_io import KINDS, read_graph, write_graph
 
@@ -270,26 +271,7 @@ class AttributionGraph(GraphExports):
             A graph whose ``omitted`` has grown by what the removed edges carried, so that it still
             closes; its metadata records the thresholds and both scores before pruning.
         """
-        keep_nodes, keep_edges = _prune.prune_masks(
-            self.source,
-            self.target,
-            self.weight,
-            self.logit_weights(),
-            is_kept_always=(self.kind == LOGIT) | (self.kind == TOKEN),
-            is_error=self.kind == ERROR,
-            node_threshold=node_threshold,
-            edge_threshold=edge_threshold,
-        )
-        before = {
-            "node_threshold": node_threshold,
-            "edge_threshold": edge_threshold,
-            "nodes_before": self.n_nodes,
-            "edges_before": self.n_edges,
-            "replacement_score_before": self.replacement_score,
-            "completeness_score_before": self.completeness_score,
-        }
-        pruned = self.subgraph(keep_nodes, keep_edges)
-        return replace(pruned, metadata={**self.metadata, "pruning": before})
+        return _subgraphs.pruned(self, node_threshold, edge_threshold)
 
     def subgraph(self, keep_nodes: Tensor, keep_edges: Tensor | None = None) -> AttributionGraph:
         """The graph of some nodes and edges; what falls away is added to ``omitted``.
@@ -298,32 +280,7 @@ class AttributionGraph(GraphExports):
             keep_nodes: ``(N,)`` bool.
             keep_edges: ``(E,)`` bool (default: all between kept nodes).
         """
-        inside = keep_nodes[self.source] & keep_nodes[self.target]
-        keep = inside if keep_edges is None else inside & keep_edges
-        omitted = self.omitted.double().index_add(
-            0, self.target[~keep], self.weight[~keep].double()
-        )
-        number = torch.cumsum(keep_nodes, 0) - 1
-        logits = self.of_kind("logit")
-        names = tuple(
-            name
-            for name, i in zip(self.target_names, logits.tolist(), strict=True)
-            if keep_nodes[i]
-        )
-        per_node = {
-            name: getattr(self, name)[keep_nodes]
-            for name in ("kind", "layer", "position", "index", "value", "total", "bias")
-        }
-        return replace(
-            self,
-            **per_node,
-            probability=self.probability[keep_nodes],
-            omitted=omitted.to(self.omitted.dtype)[keep_nodes],
-            source=number[self.source[keep]],
-            target=number[self.target[keep]],
-            weight=self.weight[keep],
-            target_names=names,
-        )
+        return _subgraphs.subgraph(self, keep_nodes, keep_edges)
 
     # -- files and views -------------------------------------------------------------------------
 

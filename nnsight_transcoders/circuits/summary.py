@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nnsight_transcoders._files import atomic_path
 from nnsight_transcoders.errors import InputError
+from nnsight_transcoders.remote.server import Remote
 from nnsight_transcoders.sets import TranscoderSet
 from nnsight_transcoders.sites import Sites
 
@@ -161,6 +162,7 @@ def feature_summary(
     top: int = 8,
     depth: int = 3,
     sites: Sites | None = None,
+    remote: Remote | None = None,
 ) -> FeatureSummary:
     """Summarise a feature.
 
@@ -177,6 +179,7 @@ def feature_summary(
         top: How many paths, and tokens per list.
         depth: Longest path, in components.
         sites: The model's sites, where they have to be given by hand.
+        remote: The model is on a server: True, an address, or a ``RemoteServer``.
 
     Raises:
         InputError: The set has no such layer or feature, or it is not active on the run.
@@ -187,8 +190,9 @@ def feature_summary(
     driven: dict[str, Any] = {"position": None, "activation": None, "tokens": (), "paths": ()}
     if circuit is not None:
         driven = _driven(circuit, layer, index, position, top, depth)
-    effects = logit_effects(model, transcoders, layer, [index], sites=sites)[0]
-    reads = de_embeddings(model, transcoders, layer, [index], sites=sites)[0]
+    where: dict[str, Any] = {"sites": sites, "remote": remote}
+    effects = logit_effects(model, transcoders, layer, [index], **where)[0]
+    reads = de_embeddings(model, transcoders, layer, [index], **where)[0]
     return FeatureSummary(
         layer=layer,
         index=index,

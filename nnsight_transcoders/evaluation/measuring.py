@@ -29,9 +29,8 @@ from tqdm.auto import tqdm
 
 from nnsight_transcoders.attachment.edit import attached
 from nnsight_transcoders.attachment.replacement import check_layerwise
-from nnsight_transcoders.builtin import builtin_model_path
 from nnsight_transcoders.errors import InputError
-from nnsight_transcoders.models import hf_module
+from nnsight_transcoders.models import hf_module, hub_name
 from nnsight_transcoders.remote.server import Remote
 from nnsight_transcoders.sets import TranscoderSet
 from nnsight_transcoders.sites import Sites, resolve_sites
@@ -39,11 +38,14 @@ from nnsight_transcoders.sites import Sites, resolve_sites
 from .batch_runs import BatchRuns
 from .layer_sums import LayerSums
 from .report import Evaluation, LayerEvaluation, ReplacementEffect
-from .token_batches import TokenBatch, padded_batches, special_token_ids, token_pieces
+from .token_batches import (
+    TokenBatch,
+    default_context,
+    padded_batches,
+    special_token_ids,
+    token_pieces,
+)
 from .variants import Variant, on_device_of, set_variants
-
-#: Longest piece of a text by default, in tokens: the paper's context.
-CONTEXT = 128
 
 
 def evaluate(
@@ -92,8 +94,7 @@ def evaluate(
         raise InputError(f"dense_above is a share of the positions (0 to 1), got {dense_above}")
     sets = [transcoders] if baseline is None else [transcoders, baseline]
     leading = max(_leading(one, sites, type(module).__name__) for one in sets)
-    if context is None:
-        context = min(CONTEXT, sites.max_positions or CONTEXT)
+    context = default_context(sites) if context is None else context
     batches = padded_batches(
         token_pieces(model, data, sites, context=context, max_tokens=max_tokens),
         batch_size=batch_size,
@@ -208,11 +209,8 @@ def _report(
         for layer, found in sums.items()
     )
     module = hf_module(text.model, weights=False)
-    name = str(getattr(getattr(module, "config", None), "_name_or_path", ""))
-    if name == builtin_model_path():
-        name = "builtin"
     return Evaluation(
-        model=name or type(module).__name__,
+        model=hub_name(module) or type(module).__name__,
         transcoders=repr(transcoders),
         n_tokens=next(iter(sums.values())).n,
         n_predictions=text.n_predictions,

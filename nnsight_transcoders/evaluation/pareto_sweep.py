@@ -22,10 +22,10 @@ from nnsight_transcoders.sites import Sites, resolve_sites
 from nnsight_transcoders.training.config import TrainConfig
 from nnsight_transcoders.training.trainer import train
 
-from .measuring import CONTEXT, evaluate
+from .measuring import evaluate
 from .pareto_table import Bounds, ParetoPoint, ParetoTable
 from .report import Evaluation
-from .token_batches import token_pieces
+from .token_batches import default_context, token_pieces
 
 #: What is swept when nothing else is asked for (ReLU and JumpReLU need ``sparsity_weight``).
 SWEEP: Mapping[str, Sequence[Any]] = {"k": (4, 8, 16, 32, 64)}
@@ -87,7 +87,7 @@ def pareto(
     runs = _runs(shared, sweep, kinds)
     if isinstance(data, Iterator) and len(runs) > 1:
         raise InputError(f"an iterator can be read once, but there are {len(runs)} runs: {_AGAIN}")
-    length = min(CONTEXT, sites.max_positions or CONTEXT)
+    length = default_context(sites)
     text = token_pieces(model, held_out, sites, context=length, max_tokens=max_tokens)
     folder = None if out is None else Path(out)
     reports = [

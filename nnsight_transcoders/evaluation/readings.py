@@ -96,10 +96,10 @@ def reconstruct(
     read = {layer: _altered(module, reading) for layer, module in modules.items()}
     inputs = {n: _input(modules[n], values[n], reading).to(m.W_enc) for n, m in read.items()}
     features = {n: module.encode(inputs[n]) for n, module in read.items()}
-    config = next(iter(read.values())).config
-    if config.activation == "jointtopk" and config.k is not None:
+    joint_k = next(iter(read.values())).config.joint_k
+    if joint_k is not None:
         norms = {n: module.decoder_norms() for n, module in read.items()}
-        features = keep_joint(features, norms, config.k)
+        features = keep_joint(features, norms, joint_k)
     made: dict[int, Tensor] = {}
     for layer, module in read.items():
         x, acts = inputs[layer], features[layer]

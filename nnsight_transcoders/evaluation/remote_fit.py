@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from nnsight_transcoders.activations import keep_joint
 from nnsight_transcoders.attachment.edit import attached
 from nnsight_transcoders.attachment.replacement import difference
 from nnsight_transcoders.remote.calls import call
@@ -60,7 +59,7 @@ class RemoteMeasurement:
         self._model, self._set, self._sites = model, transcoders, sites
         self._server, self._singles = server, list(singles)
         self._configs = {layer: transcoders.config(layer) for layer in transcoders.layers}
-        self._joint = any(c.activation == "jointtopk" for c in self._configs.values())
+        self._joint = transcoders.joint_k is not None
         size = _bytes(transcoders)
         self._sent = not self._joint and size <= server.max_bytes * SENT_SHARE
         if not self._joint:
@@ -77,7 +76,7 @@ class RemoteMeasurement:
         )
         for ids in tqdm(batches, desc="verify", disable=not verbose, leave=False):
             x, y, ce = self._clean(ids)
-            features = self._features(x)
+            features = self._set.encode(x)
             made = {layer: self._made(layer, features, x[layer], y[layer]) for layer in x}
             self._add(found.sums, features, y, made)
             found.ce += ce
@@ -103,18 +102,6 @@ class RemoteMeasurement:
         return x, y, float(ce.sum())
 
     # -- here ------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def _features(self, x: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        found, norms = {}, {}
-        for layer, value in x.items():
-            part = self._set.load(layer)
-            found[layer] = part.encode(value.to(part.W_enc.device))
-            found[layer][:, : self._configs[layer].leading_positions] = 0
-            if self._joint:
-                norms[layer] = part.decoder_norms()
-        k = next(iter(self._configs.values())).k
-        return keep_joint(found, norms, k) if self._joint and k is not None else found
 
     @torch.no_grad()
     def _made(self, layer: int, features: Mapping[int, Tensor], x: Tensor, y: Tensor) -> Tensor:
@@ -178,7 +165,7 @@ class RemoteMeasurement:
             args = (written_values, written, reads, self._server.dtype)
             found = dict(zip(pairs, self._call(ids, *args, stop=True), strict=True))
             x = found[layer, config.input_site]
-            features |= self._features({layer: x})
+            features |= self._set.encode({layer: x})
             y = found.get((layer, config.output_site), x)
             written.append(self._written(layer, self._made(layer, features, x, y)))
         return written

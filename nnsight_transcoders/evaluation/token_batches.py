@@ -1,11 +1,13 @@
-"""Texts as batches of token ids with masks: what is run, and which positions are measured.
+"""Texts as batches of token ids: what is run, and which positions are measured.
 
-Texts are cut into pieces of one context's length; pieces of like length share a batch, padded on
-the right, where padding cannot change what a decoder-only model computes for the other positions.
+Texts are cut into pieces of one context's length. Pieces of one length share a batch; or pieces of
+like length do, padded on the right, where padding cannot change what a decoder-only model computes
+for the other positions, with masks that say what is measured.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +23,8 @@ from nnsight_transcoders.training.data import opener
 
 #: Of the builtin text, what no training run uses (``train`` counts its seeds from 0).
 HELD_OUT_SEED = 9_999
+#: Longest piece of a text by default, in tokens: the paper's context.
+CONTEXT = 128
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,11 @@ def special_token_ids(model: Any) -> frozenset[int]:
     found = [getattr(config, f"{name}_token_id", None) for name in ("bos", "eos", "pad")]
     flat = [i for one in found for i in (one if isinstance(one, list) else [one])]
     return frozenset(i for i in flat if i is not None)
+
+
+def default_context(sites: Sites) -> int:
+    """Longest piece of a text where the caller does not say: 128 tokens, or the model's limit."""
+    return min(CONTEXT, sites.max_positions or CONTEXT)
 
 
 def token_pieces(
@@ -153,6 +162,19 @@ def _tokenized(model: Any, text: str) -> list[int]:
     except UnicodeEncodeError as error:
         raise InputError(f"the data is not valid text: {error}") from error
     return model.tokenizer(text, verbose=False)["input_ids"]
+
+
+def unpadded_batches(pieces: Collection[Tensor], *, batch_size: int) -> list[Tensor]:
+    """Pieces of one length together: token ids ``(n, T)`` without padding.
+
+    Args:
+        pieces: Token ids ``(T,)`` each.
+        batch_size: Pieces per batch, at most.
+    """
+    by_length: dict[int, list[Tensor]] = defaultdict(list)
+    for piece in pieces:
+        by_length[len(piece)].append(piece)
+    return [batch for same in by_length.values() for batch in torch.stack(same).split(batch_size)]
 
 
 def padded_batches(

@@ -13,7 +13,7 @@ the neighbouring ways to read the set are tried on the same text, and the one th
 
 from __future__ import annotations
 
-from collections import defaultdict
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -25,9 +25,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from nnsight_transcoders.attachment.edit import attached
-from nnsight_transcoders.builtin import builtin_model_path
-from nnsight_transcoders.circuits.collect import token_ids_of
-from nnsight_transcoders.errors import InputError
+from nnsight_transcoders.builtin.text import PIECE, sentences
 from nnsight_transcoders.models import hf_module
 from nnsight_transcoders.remote.server import Remote, RemoteServer, remote_server
 from nnsight_transcoders.sets import TranscoderSet
@@ -38,6 +36,7 @@ from .hypotheses import NONE_FITS, explain, rank_hypotheses
 from .joint_fit import joint_fit
 from .remote_fit import RemoteMeasurement
 from .site_values import read_sites
+from .token_batches import default_context, token_pieces, unpadded_batches
 
 #: Text for a first check when the caller gives none.
 DEFAULT_TEXT = (
@@ -50,8 +49,8 @@ DEFAULT_TEXT = (
     "She opened the letter slowly, read it twice, and put it back into the drawer. Nobody in the "
     "house ever learned what her brother had written from the island.",
 )
-#: Longest piece of a text that is run, in tokens.
-MAX_TOKENS = 128
+#: Pieces of text that are run at once.
+BATCH_SIZE = 16
 #: Up to where the FVU of a fitting layer may go, and from where it says that nothing fits.
 FITS_BELOW, FAILS_FROM = 0.8, 1.0
 
@@ -122,8 +121,9 @@ def verify(
     Args:
         model: An nnsight model.
         transcoders: The set.
-        text: One or several texts, or token ids; each is cut to 128 tokens. Default: a few English
-            sentences (for the builtin model: its own).
+        text: A text, or several; or lists of token ids. Long ones are cut into pieces of 128
+            tokens (or the model's limit). Default: a few English sentences (for the builtin model:
+            its own).
         sites: The model's sites, where they have to be given by hand.
         remote: Run the model on a server: True, an address, or a ``RemoteServer``. The set stays
             here (a small one travels); the model's weights need not be here.
@@ -138,8 +138,12 @@ def verify(
     module = hf_module(model, weights=server is None)
     sites = sites or resolve_sites(module)
     transcoders.check_model(sites.d_model, sites.n_layers, type(module).__name__)
-    batches = _batches(model, sites, _default_text(module) if text is None else text)
-    together = transcoders.cross_layer or _is_joint(transcoders)
+    if text is None:
+        text = _default_text(model)
+    texts = [text] if isinstance(text, str) else text
+    pieces = token_pieces(model, texts, sites, context=default_context(sites))
+    batches = unpadded_batches(pieces, batch_size=BATCH_SIZE)
+    together = transcoders.cross_layer or transcoders.joint_k is not None
     singles = [] if together else list(transcoders.layers)
     n_predicted = sum(ids[:, 1:].numel() for ids in batches)
     if server is None:
@@ -171,7 +175,7 @@ def _measured(
     with passes:
         ce = _cross_entropy(model, batches)
         passes.update()
-        if _is_joint(transcoders):
+        if transcoders.joint_k is not None:
             sums, ce_replaced = joint_fit(model, transcoders, batches, sites)
         else:
             sums = _fit_sums(model, transcoders, batches, sites)
@@ -186,34 +190,16 @@ def _measured(
     return FitTotals(sums, ce, ce_replaced, single)
 
 
-def _default_text(module: Any) -> Sequence[str]:
-    name = getattr(getattr(module, "config", None), "_name_or_path", "")
-    if name == builtin_model_path():
-        from nnsight_transcoders.builtin.text import sentences
+def _default_text(model: Any) -> Sequence[str]:
+    """The builtin model's sentences where a tokenizer has all their words, else English.
 
-        return sentences(48, seed=1)
-    return DEFAULT_TEXT
-
-
-def _batches(model: Any, sites: Sites, text: Any) -> list[Tensor]:
-    """Token ids ``(n, T)``: texts of one length together, so that nothing is padded."""
-    texts = [text] if isinstance(text, str) else list(text)
-    by_length: dict[int, list[Tensor]] = defaultdict(list)
-    limit = min(MAX_TOKENS, sites.max_positions or MAX_TOKENS)
-    for one in texts:
-        ids = one if not isinstance(one, str) else _tokenize(model, one)
-        ids = token_ids_of(model, ids[:limit], sites)
-        if len(ids) > 1:
-            by_length[len(ids)].append(ids)
-    if not by_length:
-        raise InputError("the text has no piece of at least two tokens")
-    return [batch for same in by_length.values() for batch in torch.stack(same).split(16)]
-
-
-def _tokenize(model: Any, text: str) -> list[int]:
-    if getattr(model, "tokenizer", None) is None:
-        raise InputError("this model has no tokenizer: give the text as token ids")
-    return model.tokenizer(text)["input_ids"]
+    By the tokenizer, not the model's name, since a server or a copy may call it something else.
+    """
+    builtin = sentences(48, seed=1)
+    tokenizer = getattr(model, "tokenizer", None)
+    known = {} if tokenizer is None else tokenizer.get_vocab()
+    words = (word for sentence in builtin for word in re.findall(PIECE, sentence))
+    return builtin if all(word in known for word in words) else DEFAULT_TEXT
 
 
 def _fit(layer: int, sums: FitSums, change: float | None) -> LayerFit:
@@ -234,7 +220,7 @@ def _explained(
 ) -> list[LayerFit]:
     """The same with the hypotheses of the layers that do not fit well."""
     poor = {fit.layer: fit for fit in fits if fit.verdict != "fits"}
-    together = transcoders.cross_layer or _is_joint(transcoders)
+    together = transcoders.cross_layer or transcoders.joint_k is not None
     groups = [list(transcoders.layers)] if together else [[n] for n in poor]
     found: dict[int, str | None] = {}
     for group in groups if poor else ():
@@ -249,10 +235,6 @@ def _explained(
                 good = FITS_BELOW if failed else poor[layer].fvu / 2
                 found[layer] = explain(ranked, good) or (NONE_FITS if failed else None)
     return [replace(fit, hypothesis=found.get(fit.layer)) for fit in fits]
-
-
-def _is_joint(transcoders: TranscoderSet) -> bool:
-    return any(transcoders.config(n).activation == "jointtopk" for n in transcoders.layers)
 
 
 def _fit_sums(

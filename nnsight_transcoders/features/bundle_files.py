@@ -15,6 +15,7 @@ vocabulary.
 ``exponent histogram``        ``(F,) (F, n_bins)``    equal bins over ``[0, 2^exponent)``
 ``top.value .peak``           ``(F, K)``              largest activation of a context; its place
 ``top.window``                ``(F, K, W)``           activations around it, as shares of it
+``top.seen``                  ``(F, K)``              how often the window's tokens are in the text
 ``band.value .peak .window``  ``(F, n_bands, ...)``   the same of the samples in bands
 ``coactive.index .overlap``   ``(F, M)``              -1 where there are fewer
 ``top_logits.token .value``   ``(F, M)``              and ``bottom_logits``, ``de_embedding``
@@ -44,6 +45,7 @@ from nnsight_transcoders.hub.staging import write_json, write_tensors
 
 from .coactive import coactive_features
 from .statistics import FeatureStatistics, StatisticsConfig
+from .windows import window_counts
 
 INDEX, TABLES, LABELS = "bundle.json", "features.safetensors", "labels.json"
 FORMAT, VERSION = "nnsight-transcoders features", 1
@@ -91,13 +93,15 @@ def write_bundle(
     statistics = contents.statistics
     statistics.finish()
     index, overlap = coactive_features(statistics.sketch.keys, n_coactive, verbose=verbose)
+    starts = torch.tensor(contents.starts, dtype=torch.int64)
     tensors = {
         **_tables(statistics),
+        "top.seen": _seen(statistics, contents.tokens, starts),
         "coactive.index": index,
         "coactive.overlap": overlap,
         **lists,
         "tokens": contents.tokens,
-        "context_start": torch.tensor(contents.starts, dtype=torch.int64),
+        "context_start": starts,
         **_vocabulary(vocabulary),
     }
     # One entry: the order of several is not fixed, and the same pass is to give the same bytes.
@@ -127,6 +131,16 @@ def _tables(statistics: FeatureStatistics) -> dict[str, Tensor]:
     tables["reference.start"], tables["reference.length"] = reference.start, reference.length
     tables["in_reference"] = reference.active
     return tables
+
+
+def _seen(statistics: FeatureStatistics, tokens: Tensor, starts: Tensor) -> Tensor:
+    """How often the window of each top example stands in the corpus: ``(F, K)``."""
+    used = statistics.top.keys >= 0
+    digests = statistics.top.payload["digest"][used]
+    seen = torch.zeros(used.shape, dtype=torch.int32)
+    config = statistics.config
+    seen[used] = window_counts(tokens, starts, digests, config.before, config.window)
+    return seen
 
 
 def _vocabulary(texts: Sequence[str]) -> dict[str, Tensor]:

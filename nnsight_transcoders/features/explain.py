@@ -113,15 +113,16 @@ def explain_features(
 def _split(report: FeatureReport, n: int) -> tuple[list[Example], list[Example]]:
     """The examples that a label is made from, and others to score it on, of all strengths."""
     shown = list(report.examples[:n])
-    used = {example.context for example in shown}
+    used = {mark for example in shown for mark in (example.context, example.token_ids)}
     rest = []
     groups = [list(group.examples) for group in (*report.groups[1:], report.groups[0])]
     while any(groups):  # one of each band in turn
         for group in groups:
             if group:
                 example = group.pop(0)
-                if example.context not in used:
-                    used.add(example.context)
+                marks = {example.context, example.token_ids}
+                if used.isdisjoint(marks):
+                    used |= marks
                     rest.append(example)
     return shown, rest
 

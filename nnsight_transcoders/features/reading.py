@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -92,7 +93,9 @@ class FeatureReader:
     def _groups(self, row: int, n_active: int, maximum: float) -> Iterator[ExampleGroup]:
         if not n_active:
             return
-        top = self._examples("top", row)
+        seen = self._tables.row("top.seen", row).tolist()
+        examples = zip(self._examples("top", row), seen, strict=False)
+        top = tuple(replace(example, seen=n) for example, n in examples)
         yield ExampleGroup("Top", top[-1].value, maximum, top)
         width = 2.0 ** int(self._tables.row("exponent", row)) / self._n_bands
         for band in reversed(range(self._n_bands)):

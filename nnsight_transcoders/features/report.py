@@ -42,6 +42,8 @@ class Example:
         peak: Which token has the largest activation of the whole context.
         context: Number of the context in the bundle's corpus.
         start: Position of the first token in its context.
+        seen: Of a top example, how often its tokens stand in the text, in a window cut off in the
+            same way; it is listed once. Else 1.
     """
 
     tokens: tuple[str, ...]
@@ -50,6 +52,7 @@ class Example:
     peak: int
     context: int
     start: int
+    seen: int = 1
 
     @property
     def value(self) -> float:
@@ -72,8 +75,8 @@ class ExampleGroup:
         name: ``"Top"``, or the range as text.
         low: Smallest activation in it.
         high: Largest.
-        examples: ``Top``: the largest first. Else a uniform sample of the contexts whose largest
-            activation is from ``low`` (included) to ``high``.
+        examples: ``Top``: the largest first, each window of tokens once. Else a uniform sample of
+            the contexts whose largest activation is from ``low`` (included) to ``high``.
     """
 
     name: str
@@ -172,7 +175,9 @@ class FeatureReport:
         if self.coactive:
             found = ", ".join(f"L{c.layer}/{c.index} {c.overlap:.2f}" for c in self.coactive)
             lines.append(f"  active with: {found}")
-        lines += [f"  {example.value:8.3f}  {str(example)!r}" for example in self.examples[:5]]
+        for example in self.examples[:5]:
+            seen = f"  (seen {example.seen} times)" if example.seen > 1 else ""
+            lines.append(f"  {example.value:8.3f}  {str(example)!r}{seen}")
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
@@ -232,4 +237,5 @@ def _example(example: Example) -> dict[str, Any]:
         "peak": example.peak,
         "context": example.context,
         "start": example.start,
+        "seen": example.seen,
     }

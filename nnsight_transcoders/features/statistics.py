@@ -12,8 +12,9 @@ are cut into batches.
 become one, and nothing has to be seen again.
 
 *Examples.* A context counts once, with its largest activation of the feature; the activations
-around that peak are kept as shares of the peak in float16. Bands hold a uniform random sample of
-the contexts in them.
+around that peak are kept as shares of the peak in float16. Of the top examples whose windows hold
+the same tokens only the strongest is kept. Bands hold a uniform random sample of the contexts in
+them.
 
 An active feature is one with an activation above zero; negative activations, which TopK without
 ReLU can give, are left out.
@@ -23,7 +24,7 @@ Legend: F features, B contexts, T positions, n active entries, K top examples, W
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +35,7 @@ from nnsight_transcoders.errors import InputError
 from .entries import SparseActivations, checked, peaks_of
 from .reference import ReferenceWindows
 from .tables import BestTable, mixed
+from .windows import window_digests
 
 #: Exponent of a feature that was never active.
 NEVER = -(2**31)
@@ -105,7 +107,7 @@ class FeatureStatistics:
         exponent: ``(F,)`` int32: activations are below ``2^exponent``; ``NEVER`` without any.
         histogram: ``(F, n_bins)`` int64 over ``[0, 2^exponent)``, bins of equal width.
         top: One row per feature; the key has the activation (float32 bits) above the place of the
-            peak in the corpus, so that the earlier of two equal ones wins.
+            peak in the corpus, so that the earlier of two equal ones wins. Windows differ.
         bands: ``n_bands`` rows per feature; the key is a hash.
         sketch: One row per feature; the key is a hash of the position in the corpus, the same for
             all features.
@@ -123,18 +125,19 @@ class FeatureStatistics:
         self.histogram = torch.zeros(n_features, config.n_bins, dtype=torch.int64)
         window = {"window": (torch.float16, (config.window,))}
         place = {"peak": (torch.int64, ()), "value": (torch.float32, ())}
-        self.top = BestTable(n_features, config.n_top, window)
+        digest = {"digest": (torch.int64, ())}
+        self.top = BestTable(n_features, config.n_top, {**window, **digest}, distinct="digest")
         self.bands = BestTable(n_features * config.n_bands, config.per_band, {**window, **place})
         self.sketch = BestTable(n_features, config.sketch, {})
         self.reference = ReferenceWindows(n_features, config.n_reference, config.window)
 
     def add(
-        self, lengths: Tensor, active: SparseActivations, n_positions: int | None = None
+        self, contexts: Sequence[Tensor], active: SparseActivations, n_positions: int | None = None
     ) -> None:
         """Add a batch of contexts, which follow those before in the corpus.
 
         Args:
-            lengths: ``(B,)`` tokens in each.
+            contexts: The token ids ``(T,)`` of each.
             active: What is active in them, in any order.
             n_positions: How many of their positions were measured (default: all).
 
@@ -142,16 +145,18 @@ class FeatureStatistics:
             InputError: An activation is NaN or infinite, or the corpus is longer than 2^32 tokens.
         """
         active = checked(active)
+        lengths = torch.tensor([len(context) for context in contexts])
         starts = self.n_tokens + lengths.cumsum(0) - lengths
-        if self.n_tokens + int(lengths.sum()) > _LIMIT:
+        n_tokens = int(lengths.sum())
+        if self.n_tokens + n_tokens > _LIMIT:
             raise InputError(f"a corpus can have {_LIMIT} tokens at most: use several bundles")
         self._add_sums(active)
         place = starts[active.context] + active.position
         self.sketch.offer(active.feature, mixed(place), {})
-        self._add_examples(active, place)
+        self._add_examples(contexts, active, place)
         self.reference.add(lengths, starts, active, place)
-        self.n_tokens += int(lengths.sum())
-        self.n_positions += int(lengths.sum()) if n_positions is None else n_positions
+        self.n_tokens += n_tokens
+        self.n_positions += n_tokens if n_positions is None else n_positions
 
     # -- sums and histogram ----------------------------------------------------------------------
 
@@ -193,7 +198,9 @@ class FeatureStatistics:
 
     # -- examples --------------------------------------------------------------------------------
 
-    def _add_examples(self, active: SparseActivations, place: Tensor) -> None:
+    def _add_examples(
+        self, contexts: Sequence[Tensor], active: SparseActivations, place: Tensor
+    ) -> None:
         """Offer each (feature, context) with its peak to the tables."""
         peaks = peaks_of(active, place)
         feature, value, peak = peaks.feature, peaks.value, peaks.peak
@@ -206,10 +213,18 @@ class FeatureStatistics:
         window = peaks.windows(either, self.config.before, self.config.window)
         is_top, is_band = is_top[either], is_band[either]
         chosen = either[is_top]
-        self.top.offer(feature[chosen], top_key[chosen], {"window": window[is_top]})
+        payload = {"window": window[is_top], "digest": self._digests(contexts, peak[chosen])}
+        self.top.offer(feature[chosen], top_key[chosen], payload)
         chosen = either[is_band]
         payload = {"window": window[is_band], "peak": peak[chosen], "value": value[chosen]}
         self.bands.offer(band[chosen], band_key[chosen], payload)
+
+    def _digests(self, contexts: Sequence[Tensor], peak: Tensor) -> Tensor:
+        """Hashes of the windows around peaks in a batch."""
+        starts = torch.tensor([0, *map(len, contexts)]).cumsum(0)
+        places = peak - self.n_tokens
+        before, width = self.config.before, self.config.window
+        return window_digests(torch.cat(list(contexts)).cpu(), starts, places, before, width)
 
     # -- keeping ---------------------------------------------------------------------------------
 

@@ -50,13 +50,18 @@ class BestTable:
         n_rows: R.
         n_slots: K.
         payload: What an entry carries besides its key.
+        distinct: Name of an integer payload: of the entries of a row in which it is the same, only
+            that with the largest key is kept.
 
     Attributes:
         keys: ``(R, K)`` int64, ``EMPTY`` where a slot is free; in no order until ``sort``.
         payload: Name -> ``(R, K, ...)``.
     """
 
-    def __init__(self, n_rows: int, n_slots: int, payload: Payload) -> None:
+    def __init__(
+        self, n_rows: int, n_slots: int, payload: Payload, distinct: str | None = None
+    ) -> None:
+        self._distinct = distinct
         self.keys = torch.full((n_rows, n_slots), EMPTY)
         self.payload = {
             name: torch.zeros(n_rows, n_slots, *shape, dtype=dtype)
@@ -81,7 +86,7 @@ class BestTable:
             key: ``(n,)``, at least 0 and different within a row.
             payload: ``(n, ...)`` by name.
         """
-        order = self._ranked(row, key)
+        order = self._ranked(row, key, payload)
         if not len(order):
             return
         row = row[order]
@@ -94,11 +99,14 @@ class BestTable:
             entries = {name: values[picked] for name, values in payload.items()}
             self._merge(rows[chunk], counts[chunk], key[picked], entries)
 
-    def _ranked(self, row: Tensor, key: Tensor) -> Tensor:
+    def _ranked(self, row: Tensor, key: Tensor, payload: Mapping[str, Tensor]) -> Tensor:
         """The entries that can enter, by row and then from the largest key, at most K per row."""
         kept = self.accepts(row, key).nonzero().flatten()
         order = kept[key[kept].argsort(descending=True, stable=True)]
         order = order[row[order].argsort(stable=True)]
+        if self._distinct is not None:
+            what = mixed(payload[self._distinct][order] ^ mixed(row[order]))
+            order = order[~_repeated(what[None])[0]]
         if not len(order):
             return order
         return order[rank_in_group(row[order]) < self.n_slots]
@@ -113,6 +121,13 @@ class BestTable:
         keys = torch.full((len(rows), width), EMPTY)
         keys[:, : self.n_slots] = self.keys[rows]
         keys[at, column] = key
+        if self._distinct is not None:
+            what = torch.zeros(len(rows), width, dtype=torch.int64)
+            what[:, : self.n_slots] = self.payload[self._distinct][rows]
+            what[at, column] = payload[self._distinct]
+            order = keys.argsort(dim=1, descending=True)
+            again = _repeated(what.gather(1, order))
+            keys.masked_fill_(torch.zeros_like(again).scatter(1, order, again), EMPTY)
         best = keys.topk(self.n_slots)
         self.keys[rows], self._floor[rows] = best.values, best.values[:, -1]
         line = torch.arange(len(rows))[:, None]
@@ -152,6 +167,14 @@ class BestTable:
         self._floor.copy_(self.keys.min(dim=1).values)
         for name, held in self.payload.items():
             held.copy_(tensors[name])
+
+
+def _repeated(values: Tensor) -> Tensor:
+    """Which entries ``(R, n)`` stand in their row once more, further left."""
+    ordered, order = values.sort(dim=1, stable=True)
+    again = torch.zeros_like(values, dtype=torch.bool)
+    again[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
+    return torch.zeros_like(again).scatter(1, order, again)
 
 
 def rank_in_group(groups: Tensor) -> Tensor:

@@ -13,21 +13,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from nnsight_transcoders.circuits.collect import token_texts
-from nnsight_transcoders.circuits.virtual_weights import (
-    de_embed,
-    logits_of,
-    read_vectors,
-    write_vectors,
-)
+from nnsight_transcoders.circuits.invariant import invariant_model
+from nnsight_transcoders.circuits.invariant_job import joined_lists
 from nnsight_transcoders.remote.server import Remote
 from nnsight_transcoders.sets import TranscoderSet
 from nnsight_transcoders.sites import Sites
 
-#: Elements of the dense ``(features, V)`` product that exist at a time.
-_ELEMENTS = 2**26
-
-#: Name of a list -> (which product it is of, whether the largest are wanted).
-LISTS = {"top_logits": True, "bottom_logits": False, "de_embedding": True}
+#: Features whose rows are read, and sent to a server, at a time.
+AT_A_TIME = 4096
 
 
 def vocabulary_texts(model: Any, size: int) -> list[str]:
@@ -48,24 +41,22 @@ def token_lists(
     """The tokens that each feature of some layers raises and lowers most, and its de-embedding.
 
     Returns:
-        For each name of ``LISTS``, ``name.token`` ``(F, M)`` int32 and ``name.value`` ``(F, M)``
-            float32, the layers' features one after the other.
+        For each of ``top_logits``, ``bottom_logits`` and ``de_embedding``: ``name.token``
+            ``(F, M)`` int32 and ``name.value`` ``(F, M)`` float32, the layers' features one after
+            the other.
     """
-    parts: dict[str, list[Tensor]] = {}
-    chunk = max(1, _ELEMENTS // sites.vocab_size)
+    invariant, parts = invariant_model(model, sites, remote), []
     total = sum(transcoders.config(layer).d_transcoder for layer in layers)
     with tqdm(total=total, desc="logits", disable=not verbose, leave=False) as bar:
         for layer in layers:
-            for features in torch.arange(transcoders.config(layer).d_transcoder).split(chunk):
-                where: dict[str, Any] = {"sites": sites, "remote": remote}
-                written = write_vectors(model, transcoders, layer, features, **where)
-                effects = logits_of(model, written, **where)
-                read = read_vectors(model, transcoders, layer, features, **where)
-                reads = de_embed(model, read, **where)
-                for name, largest in LISTS.items():
-                    dense = reads if name == "de_embedding" else effects
-                    best = dense.topk(top, largest=largest)
-                    parts.setdefault(f"{name}.token", []).append(best.indices.int().cpu())
-                    parts.setdefault(f"{name}.value", []).append(best.values.float().cpu())
+            for features in torch.arange(transcoders.config(layer).d_transcoder).split(AT_A_TIME):
+                decoder = transcoders.rows(layer, features, "decoder")
+                written = invariant.written_below(transcoders, layer, decoder, sites.n_layers)
+                encoder = transcoders.rows(layer, features, "encoder")
+                read = invariant.read(transcoders, layer, encoder)
+                parts.append(invariant.token_lists(written, read, top))
                 bar.update(len(features))
-    return {name: torch.cat(tables) for name, tables in parts.items()}
+    tables: dict[str, Tensor] = {}
+    for name, (values, tokens) in joined_lists(parts).items():
+        tables[f"{name}.token"], tables[f"{name}.value"] = tokens.int(), values.float()
+    return tables

@@ -20,7 +20,7 @@ from nnsight_transcoders.errors import CheckpointError
 from nnsight_transcoders.hub.snapshot import Snapshot
 from nnsight_transcoders.hub.source import build_module
 from nnsight_transcoders.hub.tensors import FLOAT_DTYPES, TensorInfo, open_tensors, runs
-from nnsight_transcoders.sets import Rows
+from nnsight_transcoders.layer_sources import Rows
 from nnsight_transcoders.transcoder import CrossLayerPart, Transcoder, TranscoderConfig
 
 Header = Mapping[str, TensorInfo]

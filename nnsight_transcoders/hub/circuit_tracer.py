@@ -35,7 +35,7 @@ from nnsight_transcoders.hub.joint_topk import is_joint_topk
 from nnsight_transcoders.hub.references import has_references, open_references
 from nnsight_transcoders.hub.snapshot import Snapshot
 from nnsight_transcoders.hub.source import LayerPlan, TensorRef, TensorSource, check_header
-from nnsight_transcoders.sets import LayerSource
+from nnsight_transcoders.layer_sources import LayerSource
 from nnsight_transcoders.transcoder import TranscoderConfig
 
 NAME = "circuit-tracer"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from nnsight_transcoders.errors import CheckpointError, InputError
 from nnsight_transcoders.hub.snapshot import Snapshot
-from nnsight_transcoders.sets import LayerSource
+from nnsight_transcoders.layer_sources import LayerSource
 
 
 class Strength(IntEnum):

@@ -21,7 +21,7 @@ from torch import Tensor
 from nnsight_transcoders.errors import CheckpointError, ConfigError
 from nnsight_transcoders.hub.formats import choose_layers
 from nnsight_transcoders.hub.snapshot import Snapshot
-from nnsight_transcoders.sets import LayerSource, Rows
+from nnsight_transcoders.layer_sources import LayerSource, Rows
 from nnsight_transcoders.transcoder import CrossLayerPart, Transcoder
 
 _SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*:")

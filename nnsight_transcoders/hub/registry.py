@@ -27,7 +27,7 @@ from nnsight_transcoders.hub import (
 from nnsight_transcoders.hub.formats import Format
 from nnsight_transcoders.hub.hub_snapshot import open_snapshot
 from nnsight_transcoders.hub.snapshot import LocalSnapshot, Snapshot
-from nnsight_transcoders.sets import LayerSource
+from nnsight_transcoders.layer_sources import LayerSource
 
 _FORMATS: dict[str, Format] = {}
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from nnsight_transcoders.errors import CheckpointError
 from nnsight_transcoders.hub.snapshot import Snapshot
 from nnsight_transcoders.hub.tensors import FLOAT_DTYPES, TensorInfo, open_tensors, read_rows
-from nnsight_transcoders.sets import Rows
+from nnsight_transcoders.layer_sources import Rows
 from nnsight_transcoders.transcoder import CrossLayerPart, Transcoder, TranscoderConfig
 
 

@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from nnsight_transcoders._files import atomic_path
 from nnsight_transcoders.errors import CheckpointError, ConfigError, InputError
 from nnsight_transcoders.hub.staging import write_json, write_tensors
 
@@ -74,7 +74,8 @@ class CheckpointFolder:
                     f"{self._out} holds a checkpoint that was not trained here: choose another "
                     "folder"
                 )
-            _write_run(path, settings)
+            with atomic_path(path) as partial:
+                write_json(partial, settings)
         self._processes.wait()
 
     def latest(self) -> Path | None:
@@ -154,19 +155,6 @@ class CheckpointFolder:
                 f"{folder} is damaged ({error}): delete it, and training goes on from the start"
             ) from error
         return Checkpoint(data.pop("step"), tensors, data)
-
-
-def _write_run(path: Path, settings: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".part")
-    try:
-        write_json(partial, settings)
-        partial.replace(path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        with suppress(FileNotFoundError):
-            partial.unlink()
 
 
 def _check_same(path: Path, settings: Mapping[str, Any]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from nnsight_transcoders._files import atomic_path
 from nnsight_transcoders.errors import ConfigError, InputError
 
 from .config import TrainConfig
@@ -95,9 +96,8 @@ def _cut(path: Path, step: int) -> None:
         with suppress(ValueError):
             if json.loads(line)["step"] <= step:
                 kept.append(line)
-    partial = path.with_suffix(".part")
-    partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    partial.replace(path)
+    with atomic_path(path) as partial:
+        partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
 
 # -- services ------------------------------------------------------------------------------------

@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 
-from nnsight_transcoders.builtin import builtin_model_path
 from nnsight_transcoders.errors import ConfigError, InputError
-from nnsight_transcoders.models import hf_module
+from nnsight_transcoders.models import hf_module, hub_name
 from nnsight_transcoders.sets import TranscoderSet
 from nnsight_transcoders.sites import Sites
 from nnsight_transcoders.transcoder import TranscoderConfig, torch_dtype
@@ -64,7 +63,7 @@ class Run:
             raise ConfigError(f"context={config.context}, but the model takes {limit} positions")
         if config.parallel == "layers":
             layers = layers[processes.rank :: processes.world]
-        base = base_model_name(hf_module(model, weights=False))
+        base = hub_name(hf_module(model, weights=False))
         shapes = {n: transcoder_config(config, n, sites.d_model, base) for n in layers}
         reader = SiteReader(
             model, sites, layers, config.input_site, config.output_site, remote=remote
@@ -184,12 +183,6 @@ def _special(tokenizer: Any, config: TrainConfig) -> tuple[frozenset[int], int]:
         return frozenset(), 0
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     return frozenset() if config.special_tokens else frozenset(tokenizer.all_special_ids), pad
-
-
-def base_model_name(module: Any) -> str | None:
-    """The model's Hub id; ``"builtin"`` for the builtin one."""
-    name = getattr(getattr(module, "config", None), "_name_or_path", None) or None
-    return "builtin" if name == builtin_model_path() else name
 
 
 def _digest_of(module: torch.nn.Module) -> list[float]:

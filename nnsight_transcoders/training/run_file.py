@@ -33,7 +33,7 @@ class RunFile:
         start: A transcoder set to train further: Hub id, folder or builtin name.
         device: Where the model runs.
         model_dtype: The model's dtype.
-        remote: Run the model on NDIF.
+        remote: Run the model on a server: true, or its address.
     """
 
     config: TrainConfig
@@ -43,7 +43,7 @@ class RunFile:
     start: str | None = None
     device: str = "cpu"
     model_dtype: str = "float32"
-    remote: bool = False
+    remote: bool | str = False
 
     def open_data(self) -> Any:
         """The data as ``train`` takes them.
@@ -100,7 +100,7 @@ def _run_file(data: dict[str, Any], path: Path) -> RunFile:
     missing = [key for key in ("model", "data", "out") if not data.get(key)]
     if missing:
         raise ConfigError(f"{path} must say {', '.join(missing)}")
-    kinds = {"remote": bool, "data": (str, Mapping)}
+    kinds = {"remote": (bool, str), "data": (str, Mapping)}
     for key in own:
         if data.get(key) is not None and not isinstance(data[key], kinds.get(key, str)):
             raise ConfigError(f"{path}: {key} cannot be {data[key]!r}")

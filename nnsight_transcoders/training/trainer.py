@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from nnsight_transcoders.errors import InputError
+from nnsight_transcoders.layer_sources import MemorySource
 from nnsight_transcoders.models import hf_module
-from nnsight_transcoders.sets import MemorySource, TranscoderSet
+from nnsight_transcoders.sets import TranscoderSet
 from nnsight_transcoders.sites import Sites, resolve_sites
 from nnsight_transcoders.transcoder import torch_dtype
 

@@ -60,8 +60,9 @@ def render_graph(
             page says so.
         feature_details: What is known about features, by ``"layer_feature"``: any of ``label``
             (text), ``top_logits``, ``bottom_logits``, ``de_embedding`` (lists of ``[text,
-            value]``), ``examples`` (list of ``{"tokens": [...], "activations": [...]}``),
-            ``density``, ``max_activation`` and ``histogram`` (``{"counts": [...], "width": ...}``).
+            value]``), ``examples`` (list of ``{"tokens": [...], "activations": [...]}``, perhaps
+            with ``"seen"``, how often these tokens stand in the text), ``density``,
+            ``max_activation`` and ``histogram`` (``{"counts": [...], "width": ...}``).
             ``FeatureBundle.details`` and ``feature_details`` give such.
 
     Raises:
@@ -76,7 +77,7 @@ def fill_template(template: str, script: str, data: Mapping[str, Any], what: str
     """A page with its data, style and script inside it.
 
     Args:
-        template: Name of the template.
+        template: Name of the template of its body.
         script: File name of its script.
         data: What the script reads; its ``"title"`` is the page's.
         what: What to name if the data cannot be written.
@@ -90,12 +91,14 @@ def fill_template(template: str, script: str, data: Mapping[str, Any], what: str
         text = json.dumps({**data, "title": title}, allow_nan=False, separators=(",", ":"))
     except (TypeError, ValueError) as error:
         raise InputError(f"{what} cannot be written as JSON: {error}") from error
-    return Template(_asset(f"{template}.html")).substitute(
+    body = Template(_asset(f"{template}.html")).substitute(
+        data=text.translate(_UNSAFE), script=_asset(script)
+    )
+    return Template(_asset("document.html")).substitute(
         title=html.escape(title),
         version=html.escape(__version__),
         style=_asset("viewer.css"),
-        script=_asset(script),
-        data=text.translate(_UNSAFE),
+        body=body,
     )
 
 

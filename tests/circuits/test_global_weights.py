@@ -15,6 +15,7 @@ from torch import Tensor
 from nnsight_transcoders.circuits import global_weights as module
 from nnsight_transcoders.circuits.contributions import CircuitRun
 from nnsight_transcoders.circuits.global_weights import GlobalWeights, global_weights
+from nnsight_transcoders.circuits.invariant import InvariantModel
 from nnsight_transcoders.circuits.virtual_weights import virtual_weights
 from nnsight_transcoders.errors import CheckpointError, InputError, MismatchError
 
@@ -127,9 +128,9 @@ def test_resuming_gives_the_same_numbers(kind: str, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         global_weights(nn_model, chosen, breaks(), SOURCES, TARGETS, state=state, save_every=2)
     runs_made = []
-    collect = module.collect
+    run = InvariantModel.run
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "collect", lambda *a: (runs_made.append(1), collect(*a))[1])
+        patch.setattr(InvariantModel, "run", lambda *a: (runs_made.append(1), run(*a))[1])
         again = global_weights(nn_model, chosen, CORPUS, SOURCES, TARGETS, state=state)
     assert len(runs_made) == 2  # four of six had been saved
     assert same(again, whole)

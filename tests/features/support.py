@@ -34,8 +34,13 @@ def random_contexts(n: int = 40, seed: int = 0) -> list[torch.Tensor]:
     return contexts
 
 
-def as_batch(contexts: list[torch.Tensor]) -> tuple[torch.Tensor, SparseActivations]:
-    """Lengths and active entries of some contexts."""
+def ids_of(dense: torch.Tensor) -> torch.Tensor:
+    """Token ids of a context: four of them, so that windows repeat."""
+    return (dense[:, 0] > 0).long() + 2 * (dense[:, 1] > 0).long()
+
+
+def as_batch(contexts: list[torch.Tensor]) -> tuple[list[torch.Tensor], SparseActivations]:
+    """Token ids and active entries of some contexts."""
     rows = [
         (context, position, feature, float(dense[position, feature]))
         for context, dense in enumerate(contexts)
@@ -44,7 +49,7 @@ def as_batch(contexts: list[torch.Tensor]) -> tuple[torch.Tensor, SparseActivati
     columns = [torch.tensor(column) for column in zip(*rows, strict=True)] if rows else []
     if not columns:
         columns = [torch.zeros(0, dtype=torch.int64)] * 3 + [torch.zeros(0)]
-    return torch.tensor([len(c) for c in contexts]), SparseActivations(*columns)
+    return [ids_of(context) for context in contexts], SparseActivations(*columns)
 
 
 def collected(
@@ -58,6 +63,19 @@ def collected(
     return statistics
 
 
+def windows_of(
+    contexts: list[torch.Tensor], before: int, after: int
+) -> list[tuple[int | None, ...]]:
+    """The tokens around every place, None outside its context."""
+    found = []
+    for dense in contexts:
+        ids = ids_of(dense).tolist()
+        for at in range(len(ids)):
+            cells = range(at - before, at + after + 1)
+            found.append(tuple(ids[i] if 0 <= i < len(ids) else None for i in cells))
+    return found
+
+
 class Brute:
     """One feature's statistics, from all of its activations at once."""
 
@@ -67,6 +85,7 @@ class Brute:
         self.places: list[int] = []
         #: Per context with an active position: (value, place, the context's values, start).
         self.peaks: list[tuple[float, int, list[float], int]] = []
+        self.contexts = contexts
         start = 0
         for dense in contexts:
             column = dense[:, feature].tolist()
@@ -89,8 +108,13 @@ class Brute:
             counts[int(value / self.range * n_bins)] += 1
         return counts
 
-    def top(self, n: int) -> list[tuple[float, int]]:
-        return sorted(((v, p) for v, p, *_ in self.peaks), key=lambda x: (-x[0], x[1]))[:n]
+    def top(self, n: int, before: int, after: int) -> list[tuple[float, int]]:
+        """The strongest contexts, of those whose windows hold the same tokens the strongest."""
+        found: dict[tuple[int | None, ...], tuple[float, int]] = {}
+        tokens = windows_of(self.contexts, before, after)
+        for value, place, *_ in sorted(self.peaks, key=lambda x: (-x[0], x[1])):
+            found.setdefault(tokens[place], (value, place))
+        return list(found.values())[:n]
 
     def bands(self, n_bands: int, per_band: int) -> list[set[tuple[float, int]]]:
         found = defaultdict(list)

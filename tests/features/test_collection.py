@@ -80,6 +80,28 @@ def test_a_bundle_agrees_with_dense_activations(
                 assert example.peak == max(range(len(expected)), key=expected.__getitem__)
 
 
+def test_repeated_text_is_one_example_that_was_seen_more_than_once(
+    model: Any, transcoders: TranscoderSet, tmp_path: Path
+) -> None:
+    texts = [*TEXTS[:6], *TEXTS[:3], TEXTS[0]]
+    bundle = collect_features(
+        model, transcoders, texts, tmp_path, layers=[2], config=CONFIG, batch_size=4
+    )
+    plain = collect_features(
+        model, transcoders, TEXTS[:6], tmp_path / "plain", layers=[2], config=CONFIG
+    )
+    feature = int(plain.density(2).argmax())
+    found, once = bundle[2, feature], plain[2, feature]
+    assert [e.token_ids for e in found.examples] == [e.token_ids for e in once.examples]
+    assert [e.value for e in found.examples] == pytest.approx([e.value for e in once.examples])
+    times = {0: 3, 1: 2, 2: 2}
+    assert [e.seen for e in found.examples] == [times.get(e.context, 1) for e in once.examples]
+    assert max(e.seen for e in found.examples) > 1
+    assert all(e.seen == 1 for e in once.examples)
+    assert "(seen " in str(found)
+    assert found.to_dict()["groups"][0]["examples"][0]["seen"] == found.examples[0].seen
+
+
 def test_logit_lists_and_de_embeddings(
     model: Any, transcoders: TranscoderSet, bundle: FeatureBundle
 ) -> None:

@@ -7,12 +7,22 @@ import re
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from nnsight_transcoders import FeatureBundle, explain_features, openai_endpoint
+from nnsight_transcoders import (
+    FeatureBundle,
+    TranscoderSet,
+    collect_features,
+    explain_features,
+    openai_endpoint,
+)
 from nnsight_transcoders.errors import EndpointError, InputError
+from nnsight_transcoders.features.statistics import StatisticsConfig
+
+from .conftest import TEXTS
 
 #: From a request's body to (status, headers, body).
 Reply = Callable[[dict[str, Any]], tuple[int, dict[str, str], Any]]
@@ -226,6 +236,27 @@ def test_scores(
             assert all("<<" in piece for piece in kinds.values())
         else:
             assert not any("<<" in piece for piece in kinds.values())
+
+
+def test_repeated_text_is_not_scored_on_what_the_label_was_made_from(
+    model: Any, transcoders: TranscoderSet, tmp_path: Path
+) -> None:
+    config = StatisticsConfig(n_top=4, per_band=8, before=8, after=3)
+    texts = [*TEXTS[:30], *TEXTS[:30]]
+    bundle = collect_features(model, transcoders, texts, tmp_path, layers=[2], config=config)
+    key = busy(bundle)
+    asked: list[list[str]] = []
+
+    def ask(messages: Any) -> str:
+        found = pieces({"messages": messages}).values()
+        asked.append([re.sub("<<|>>", "", piece) for piece in found])
+        return "[1]" if "JSON list" in messages[0]["content"] else "a label"
+
+    explain_features(bundle, [key], ask, n_examples=4, scores=("detection",), workers=1)
+    shown, scored = asked
+    assert any(example.seen > 1 for example in bundle[key].examples)
+    assert len(set(shown)) == len(shown) == 4
+    assert not set(shown) & set(scored)
 
 
 def test_features_that_are_never_active_are_not_asked_about(bundle: FeatureBundle) -> None:

@@ -13,8 +13,18 @@ from nnsight_transcoders.features.statistics import (
     StatisticsConfig,
 )
 from nnsight_transcoders.features.tables import BestTable, mixed
+from nnsight_transcoders.features.windows import window_counts
 
-from .support import N_FEATURES, SMALL, Brute, as_batch, collected, random_contexts
+from .support import (
+    N_FEATURES,
+    SMALL,
+    Brute,
+    as_batch,
+    collected,
+    ids_of,
+    random_contexts,
+    windows_of,
+)
 
 CONTEXTS = random_contexts()
 ALIVE = range(N_FEATURES - 1)
@@ -52,11 +62,23 @@ def test_the_largest_contexts_with_their_windows(statistics: FeatureStatistics) 
     for feature in ALIVE:
         brute = Brute(CONTEXTS, feature)
         found = top_of(statistics, feature)
-        assert found == brute.top(SMALL.n_top)
+        assert found == brute.top(SMALL.n_top, SMALL.before, SMALL.after)
         for slot, (value, place) in enumerate(found):
             window = statistics.top.payload["window"][feature, slot].double() * value
             expected = brute.window(place, SMALL.before, SMALL.after)
             assert window.tolist() == pytest.approx(expected, rel=1e-3)
+
+
+def test_windows_of_the_same_tokens_are_counted(statistics: FeatureStatistics) -> None:
+    windows = windows_of(CONTEXTS, SMALL.before, SMALL.after)
+    ids = torch.cat([ids_of(context) for context in CONTEXTS])
+    starts = torch.tensor([0, *map(len, CONTEXTS)]).cumsum(0)
+    digests = statistics.top.payload["digest"]
+    counts = window_counts(ids, starts, digests, SMALL.before, SMALL.window)
+    for feature in ALIVE:
+        for slot, (_, place) in enumerate(top_of(statistics, feature)):
+            assert int(counts[feature, slot]) == windows.count(windows[place])
+    assert counts.max() > 1
 
 
 def test_bands_are_samples_of_their_contexts(statistics: FeatureStatistics) -> None:
@@ -147,7 +169,7 @@ def test_memory_does_not_grow_with_the_corpus() -> None:
 
 def test_positions_that_were_not_measured_are_not_counted() -> None:
     statistics = FeatureStatistics(N_FEATURES, SMALL)
-    statistics.add(torch.tensor([1, 4]), as_batch([])[1], n_positions=2)
+    statistics.add([torch.zeros(1), torch.zeros(4)], as_batch([])[1], n_positions=2)
     assert (statistics.n_tokens, statistics.n_positions) == (5, 2)
 
 
@@ -156,10 +178,10 @@ def test_negative_activations_are_left_out_and_nan_is_refused() -> None:
     statistics = FeatureStatistics(N_FEATURES, SMALL)
     value = torch.tensor([-1.0, 2.0])
     at = (columns[0], torch.tensor([0, 1]), torch.tensor([3, 4]))
-    statistics.add(torch.tensor([2]), SparseActivations(*at, value))
+    statistics.add([torch.tensor([5, 6])], SparseActivations(*at, value))
     assert statistics.count.nonzero().flatten().tolist() == [4]
     with pytest.raises(InputError, match="NaN or infinite"):
-        statistics.add(torch.tensor([2]), SparseActivations(*at, value * float("nan")))
+        statistics.add([torch.tensor([5, 6])], SparseActivations(*at, value * float("nan")))
 
 
 @pytest.mark.parametrize(
@@ -191,6 +213,24 @@ def test_a_table_keeps_the_largest_keys_of_each_row() -> None:
         assert table.keys[r].tolist() == best
         assert table.payload["twice"][r].tolist() == [2 * k for k in best]
     assert (table.keys[6] == -1).all()
+
+
+def test_a_table_of_distinct_entries_keeps_the_largest_of_equal_ones() -> None:
+    draw = torch.Generator().manual_seed(0)
+    row = torch.randint(3, (400,), generator=draw)
+    key = torch.randperm(400, generator=draw)
+    same = torch.randint(9, (400,), generator=draw)
+    for size in (1, 33, 400):
+        table = BestTable(4, 5, {"same": (torch.int64, ())}, distinct="same")
+        for part in (slice(first, first + size) for first in range(0, 400, size)):
+            table.offer(row[part], key[part], {"same": same[part]})
+        table.sort()
+        for r in range(3):
+            largest = {s: int(key[(row == r) & (same == s)].max()) for s in range(9)}
+            best = sorted(largest.items(), key=lambda item: -item[1])[:5]
+            assert table.keys[r].tolist() == [k for _, k in best]
+            assert table.payload["same"][r].tolist() == [s for s, _ in best]
+        assert (table.keys[3] == -1).all()
 
 
 def test_the_hash_mixes() -> None:

@@ -38,7 +38,12 @@ def feature(layer: int = 1, index: int = 7, label: str | None = "years") -> dict
         "mean_activation": 1.25,
         "histogram": {"counts": [1000, 200, 30, 4, 0, 0, 0, 0], "width": 1.0},
         "groups": [
-            {"name": "Top", "low": 4.0, "high": 4.0, "examples": [example] * 7},
+            {
+                "name": "Top",
+                "low": 4.0,
+                "high": 4.0,
+                "examples": [{**example, "seen": 3}, *[example] * 6],
+            },
             {"name": "0 to 1", "low": 0.0, "high": 1.0, "examples": [weak]},
         ],
         "top_logits": [[" 46", 2.5], [" 45", 1.0]],
@@ -118,6 +123,7 @@ def test_one_feature(page: Any) -> None:
         assert part in text
     assert len(page.all(".histogram .bars rect")) == 4
     assert len(page.all(".examples")[0].find_elements("css selector", ".lit")) == 15
+    assert [e.text for e in page.all(".examples .seen")] == ["×3"]
     page.one(".examples ~ .more").click()
     assert len(page.all(".examples")[0].find_elements("css selector", "li")) == 7
     strengths = [e.get_attribute("style") for e in page.all(".examples li:first-child .lit")[:3]]

@@ -90,7 +90,7 @@ export function exampleList(title, list, most = 0) {
 }
 
 /** Tokens shaded by activation; the shade's strength is a custom property that the style uses. */
-function exampleRow({ tokens, activations }, strongest) {
+function exampleRow({ tokens, activations, seen }, strongest) {
   const values = tokens.map((_, at) => (Number.isFinite(activations[at]) ? activations[at] : 0));
   return el(
     "li",
@@ -110,5 +110,8 @@ function exampleRow({ tokens, activations }, strongest) {
         );
       }),
     ),
+    Number.isInteger(seen) && seen > 1
+      ? el("span", { class: "seen", title: `These tokens stand in the text ${seen.toLocaleString("en")} times` }, `×${seen.toLocaleString("en")}`)
+      : null,
   );
 }
