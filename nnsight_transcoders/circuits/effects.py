@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from nnsight_transcoders.errors import InputError
+from nnsight_transcoders.remote.server import Remote
 from nnsight_transcoders.sets import TranscoderSet
 from nnsight_transcoders.sites import Sites
 
 from .graph import FEATURE, LOGIT, AttributionGraph
 from .grouping import NodeKey, number_of
-from .interventions import Mlps, intervene_each
+from .intervention_measure import Mlps, measure
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,7 @@ def predicted_vs_measured(
     freeze_attention: bool = True,
     mlps: Mlps = "model",
     sites: Sites | None = None,
+    remote: Remote | None = None,
 ) -> EffectTable:
     """Change each of some features on its own, and compare one target's change with the graph's.
 
@@ -132,7 +134,7 @@ def predicted_vs_measured(
         graph: The graph; its own edges make the prediction.
         model: The nnsight model it was made with.
         transcoders: The set it was made with.
-        nodes: Which features. Default: the most influential ones of the graph once pruned (at the
+        nodes: Which nodes. Default: the most influential features of the graph once pruned (at the
             default thresholds, unless it is a pruned graph already).
         top: How many of those.
         target: A logit node, or a feature node above; default: the first logit, which is the most
@@ -142,9 +144,12 @@ def predicted_vs_measured(
         freeze_attention: See there.
         mlps: See there.
         sites: See there.
+        remote: The model is on a server (see there): one request, for the rows of the features
+            that are changed and of the target; only its changes come back.
 
     Raises:
         InputError: No features, or a target that is not one.
+        RemoteError: The server, or the job there, failed.
     """
     number = int(graph.of_kind("logit")[0]) if target is None else number_of(graph, target)
     if graph.kind[number] not in (FEATURE, LOGIT):
@@ -155,23 +160,28 @@ def predicted_vs_measured(
         numbers = [number_of(graph, node) for node in nodes]
     if not numbers:
         raise InputError("there are no features to change")
-    found = intervene_each(
-        graph,
-        [{n: factor} for n in numbers],
-        model,
-        transcoders,
-        constrained=constrained,
-        freeze_attention=freeze_attention,
-        mlps=mlps,
-        sites=sites,
+    found = list(
+        measure(
+            graph,
+            [{n: factor} for n in numbers],
+            model,
+            transcoders,
+            constrained=constrained,
+            freeze_attention=freeze_attention,
+            mlps=mlps,
+            read=[number] if graph.kind[number] == FEATURE else [],
+            sites=sites,
+            remote=remote,
+            whole_logits=False,
+        )
     )
     return EffectTable(
         target=_target_name(graph, number),
         node=tuple(numbers),
         ids=tuple(graph.node(n).id for n in numbers),
         labels=tuple(graph.label(n) for n in numbers),
-        predicted=torch.stack([one.predicted[number] for one in found]),
-        measured=torch.stack([one.measured[number] for one in found]),
+        predicted=torch.cat([one.predicted[:, number] for one in found]),
+        measured=torch.cat([one.values[1:, number] - one.values[0, number] for one in found]),
         activation=graph.value[numbers].double(),
         influence=graph.influence()[numbers],
         factor=factor,

@@ -56,17 +56,21 @@ class GraphExports:
         constrained: Collection[int] = (),
         freeze_attention: bool = True,
         mlps: Literal["model", "transcoders"] = "model",
+        read: Collection[Any] | None = None,
         directions: Mapping[str, Tensor] | None = None,
         sites: Sites | None = None,
+        remote: Any = None,
     ) -> Intervention:
-        """Run the real model with some features changed, next to what the graph predicts.
+        """Run the real model with some nodes changed, next to what the graph predicts.
 
         Args:
-            changes: What to multiply activations by: ``{node: 0, supernode: -2.0}``. A node is
-                named by its number, its id or a ``Node``; several by a supernode's name or a tuple.
-                The feature is held at this multiple of its activation on the prompt, whatever
-                the other changes do to it.
-            model: The nnsight model the graph was made with.
+            changes: What to multiply nodes by: ``{node: 0, supernode: -2.0}``. A node is named by
+                its number, its id or a ``Node``; several by a supernode's name or a tuple. A
+                feature is held at this multiple of its activation on the prompt, whatever the
+                other changes do to it, and a token's embedding likewise. Of an error, this multiple
+                of its value on the prompt stands in the place of that value.
+            model: The nnsight model the graph was made with; for a remote run its module tree is
+                enough.
             transcoders: The set it was made with.
             constrained: Layers whose features and errors are held at their original values (but
                 for the changed features), so that only direct effects pass them: *constrained
@@ -76,13 +80,19 @@ class GraphExports:
                 prompt's values, as the graph does. Needs an attention that can be written down.
             mlps: What responds in a layer that is not constrained: ``"model"``, its own MLP; or
                 ``"transcoders"``, its features, its error held (the local replacement model).
+            read: Features whose activations are measured: nodes or supernodes. Default: all of
+                the graph's. Those that are changed are among them in any case.
             directions: Name -> vector ``(d_model,)``, for targets that are directions.
             sites: The model's sites, where they have to be given by hand.
+            remote: The model is on a server: True, an address, or a ``RemoteServer``. One request
+                (two if errors are changed) takes the encoder rows of the features that are read
+                and the decoder rows of those that are changed.
 
         Raises:
-            InputError: A node that is not in the graph or no feature, or nothing to change.
+            InputError: A node that is not in the graph or is a target, or nothing to change.
             MismatchError: The graph is of another model or set.
             SiteError: The attention cannot be written down, so that it cannot be frozen.
+            RemoteError: The server, or the job there, failed.
         """
         from .interventions import intervene
 
@@ -94,8 +104,10 @@ class GraphExports:
             constrained=constrained,
             freeze_attention=freeze_attention,
             mlps=mlps,
+            read=read,
             directions=directions,
             sites=sites,
+            remote=remote,
         )
 
     # -- other tools' files ----------------------------------------------------------------------

@@ -1,300 +1,242 @@
-"""The real model under interventions on features: one traced batch, a row per intervention.
+"""Batches of interventions on one prompt.
 
-The MLPs are the model's own: a feature that is set to ``v`` where it would be ``a`` adds
-``(v - a)`` times its decoder row to the output (of every layer that it writes to), so that without
-interventions nothing changes. The batch's first row has none; it is what the others are compared
-with, and what held layers keep.
+One run of the model each, but where a transcoder would have to travel as a whole and is large:
+features that compete (TopK), or that answer in place of the MLPs. Then the values that it reads
+come back, the features are computed here, and the next run gets what they write as vectors.
+Features that are only read may be computed here too, from what comes back from the last run.
 
-With attention frozen, each part that attention and norms make of the residual stream is replaced
-by what the frozen model (``linear.py``) makes of it, at the patterns and denominators of the
-original run. What is left to respond is the MLPs.
-
-Legend: B rows, T positions, D d_model, F d_transcoder, n features that are read off or set.
+Legend: B rows, T positions, D d_model, p kept positions, G targets, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, fields
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
-import nnsight
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from nnsight_transcoders.norms import NormSpec, probed_spec
+from nnsight_transcoders.remote.payload import tensor_bytes
 from nnsight_transcoders.sets import TranscoderSet
 from nnsight_transcoders.sites import Sites
-from nnsight_transcoders.transcoder import sparse_decode
 
-from .collect import collect
-from .freeze import attribution_dtype, freeze, freeze_norms, mlp_sides
-from .linear import FrozenModel, FrozenNorm
+from .feature_changes import set_features
+from .intervention_request import Asked, PatchedModel, Patching
+from .intervention_rows import Changes, error_vectors, layer_rows
 
+logger = logging.getLogger(__name__)
 
-@dataclass(frozen=True)
-class Settings:
-    """Feature values to set in one layer; each ``(n,)``.
-
-    Attributes:
-        row: Which row of the batch.
-        position: Where.
-        index: Which feature.
-        factor: What its value in the first row is multiplied by.
-    """
-
-    row: Tensor
-    position: Tensor
-    index: Tensor
-    factor: Tensor
-
-    def to(self, device: torch.device) -> Settings:
-        """The same on another device."""
-        return Settings(*(getattr(self, f.name).to(device) for f in fields(self)))
-
-
-@dataclass(frozen=True)
-class Frozen:
-    """The frozen parts of a run.
-
-    Attributes:
-        model: Attention and the norms around it.
-        norms: All norms by module path.
-    """
-
-    model: FrozenModel
-    norms: Mapping[str, FrozenNorm]
+#: Above this, whole transcoders stay here.
+SHIP_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a batch gave.
+    """What a batch gave, on the CPU.
 
     Attributes:
         activations: Layer -> ``(B, n)`` of the features asked for: as set, or as computed.
-        logits: ``(B, V)`` at the position asked for, before soft-capping.
-        probabilities: ``(B, V)`` there.
-        final: ``(B, D)`` what the unembedding reads there.
+        targets: ``(B, G)`` in float64: logits minus their mean, or products with directions.
+        logits: ``(B, V)`` at the position asked for, before soft-capping; None if not asked for.
+        probabilities: ``(B, V)`` there; the same.
     """
 
     activations: dict[int, Tensor]
-    logits: Tensor
-    probabilities: Tensor
-    final: Tensor
-
-
-def freeze_run(
-    model: Any, module: nn.Module, sites: Sites, token_ids: Tensor, transcoders: TranscoderSet
-) -> Frozen:
-    """Run the prompt once and keep its patterns and denominators.
-
-    Raises:
-        SiteError: The model's attention cannot be written down.
-    """
-    run = collect(model, sites, token_ids)
-    norms = freeze_norms(module, sites, run)
-    frozen = freeze(module, sites, run, norms, mlp_sides(sites, run, norms, transcoders))
-    return Frozen(frozen, norms)
+    targets: Tensor
+    logits: Tensor | None
+    probabilities: Tensor | None
 
 
 class InterventionRun:
-    """Runs batches of interventions on one prompt.
+    """Runs batches of interventions.
 
     Args:
-        model: An nnsight model.
-        module: Its Hugging Face module.
+        model: An nnsight model; for a remote one, its module tree is enough.
         sites: Its sites.
         transcoders: The set.
-        frozen: From ``freeze_run``, or None to let attention and norms respond.
-        pinned: Layers whose features and errors are held at those of the first row.
-        follow: Layers whose errors are held, while their features follow what they read.
-        wanted: Layer -> positions and indices ``(n,)`` of the features to read off.
-        position: Where the logits are read.
+        token_ids: The prompt ``(T,)``.
+        patching: What responds.
+        asked: What is measured.
+
+    Raises:
+        SiteError: The attention is to be frozen and cannot be written down.
     """
 
     def __init__(
         self,
         model: Any,
-        module: nn.Module,
         sites: Sites,
         transcoders: TranscoderSet,
-        *,
-        frozen: Frozen | None,
-        pinned: Collection[int],
-        follow: Collection[int],
-        wanted: Mapping[int, tuple[Tensor, Tensor]],
-        position: int,
+        token_ids: Tensor,
+        patching: Patching,
+        asked: Asked,
     ) -> None:
-        self.model, self.sites, self.transcoders = model, sites, transcoders
-        self.frozen, self.pinned, self.follow = frozen, set(pinned), set(follow) - set(pinned)
-        self.held = self.pinned | self.follow
-        self.wanted, self.position = wanted, position
-        parameter = next(module.parameters())
-        self.dtype, self.device = attribution_dtype(parameter.dtype), parameter.device
-        self._n0: dict[int, NormSpec] = {}
-        for layer in transcoders.layers:
-            path = sites.layers[layer].mlp_norm
-            if transcoders.config(layer).input_site == "N0" and path is not None:
-                self._n0[layer] = probed_spec(module, path, sites.d_model)
+        self.patched = PatchedModel(model, sites, transcoders, token_ids, patching, asked)
+        self.patching, self.asked, self.token_ids = patching, asked, token_ids
+        self.dtype, self.model_dtype = self.patched.dtype, self.patched.model_dtype
+        # Weights as stored, unless the set was told to load them coarser than is computed here.
+        same = transcoders.dtype in (None, self.dtype)
+        self.transcoders = transcoders if same else transcoders.to(dtype=self.dtype)
 
-    def run(self, ids: Tensor, settings: Mapping[int, Settings]) -> Outcome:
-        """One batch.
+    def run(
+        self,
+        n_rows: int,
+        features: Mapping[int, Changes],
+        errors: Mapping[int, Changes],
+        tokens: Changes | None,
+    ) -> Outcome:
+        """One batch, whose first row has no changes.
 
         Args:
-            ids: ``(B, T)``, the same prompt in each row.
-            settings: Layer -> what to set; nothing in the first row.
+            n_rows: B.
+            features: Layer -> features to set.
+            errors: Layer -> errors to multiply.
+            tokens: Tokens to multiply.
+
+        Raises:
+            SiteError: A norm, or an attention that is to be frozen, cannot be written down.
+            RemoteError: The server, or the job there, failed.
         """
-        ids = ids.to(self.device)
-        with torch.no_grad():
-            saved = _trace(self, ids, settings)
-        return Outcome(**saved)
+        parts = self._parts(features)
+        vectors = self._error_vectors(errors)
+        tokens_there = None if tokens is None else _plain(tokens)
+        stay = self._staying(parts, n_rows)
+        there = {layer: part for layer, part in parts.items() if layer not in stay}
+        for layers in _rounds(stay, n_rows):
+            kept = {layer: self._positions(stay[layer], "settings") for layer in layers}
+            answer = self.patched.ask(n_rows, there, vectors, tokens_there, kept, max(layers))
+            for layer, at in kept.items():
+                _, deltas = self._set_here(layer, stay[layer], answer["kept"][layer], at)
+                for target, delta in deltas.items():
+                    vectors[target] = _with_entries(vectors.get(target), delta)
+        kept = {n: self._positions(p, "read") for n, p in stay.items() if p["read"] is not None}
+        answer = self.patched.ask(n_rows, there, vectors, tokens_there, kept, None)
+        activations = answer["activations"]
+        for layer, at in kept.items():
+            found, _ = self._set_here(layer, stay[layer], answer["kept"][layer], at)
+            activations |= {} if found is None else {layer: found}
+        logits, capped, chances = answer["logits"], answer["capped"], None
+        if logits is not None:
+            chances = (logits if capped is None else capped).to(self.dtype).softmax(-1)
+        return Outcome(activations, answer["targets"], logits, chances)
 
-    # -- inside the trace ------------------------------------------------------------------------
-
-    def step(
-        self, layer: int, settings: Settings | None, deltas: dict[int, Tensor], shape: Sequence[int]
-    ) -> Tensor | None:
-        """One block: freeze what is frozen, set features, change the MLP's output.
-
-        Returns:
-            The wanted features' activations ``(B, n)``.
-        """
-        here, model = self.sites.layers[layer], self.model
-        resid = model.get(here.block).input
-        self._freeze_attention(layer, resid)
-        if self.sites.parallel:
-            mid = resid
-        elif here.mlp_norm is not None:
-            mid = model.get(here.mlp_norm).input.reshape(shape)
-        else:
-            mid = model.get(here.mlp_in).input.reshape(shape)
-        mlp_in = self._mlp_input(layer, mid)
-        found = None
-        held = layer in self.held and layer in self.transcoders
-        if settings is not None or layer in self.wanted or held:
-            found = self._set_features(layer, self._site(layer, mid, mlp_in), settings, deltas)
-        self._change_output(layer, deltas.pop(layer, None), shape)
+    def _parts(self, features: Mapping[int, Changes]) -> dict[int, dict[str, Any]]:
+        """Layer -> what is needed of its transcoder."""
+        patching, found = self.patching, {}
+        for layer in self.transcoders.layers:
+            part = layer_rows(
+                self.transcoders,
+                layer,
+                features.get(layer),
+                self.asked.read.get(layer),
+                pinned=layer in patching.pinned,
+                follow=layer in patching.follow,
+            )
+            if part is not None:
+                found[layer] = part
         return found
 
-    def _freeze_attention(self, layer: int, resid: Tensor) -> None:
-        if self.frozen is None:
-            return
-        here, part = self.sites.layers[layer], self.frozen.model.layers[layer]
-        x = resid.to(self.dtype)
-        x = x if part.attention_norm is None else part.attention_norm.forward(x)
-        attended = part.attention.forward(x)
-        self.model.get(here.out_proj).output = attended.to(resid.dtype)
-        if part.attention_post_norm is not None:
-            out = part.attention_post_norm.forward(attended)
-            self.model.get(here.attention_post_norm).output = out.to(resid.dtype)
+    def _staying(
+        self, parts: Mapping[int, dict[str, Any]], n_rows: int
+    ) -> dict[int, dict[str, Any]]:
+        """The layers whose features are computed here, from values that come back, because less
+        travels then: those that are only read, where their rows are more than the values; and, if
+        it is all much, those of which everything would be needed."""
+        server = self.patching.server
+        if server is None:
+            return {}
+        found = {}
+        for layer, part in parts.items():
+            if part["read"] is None or _changed_rows(part, n_rows):
+                continue
+            values = n_rows * len(self._positions(part, "read")) * self.patched.sites.d_model
+            if tensor_bytes(part) > values * self.dtype.itemsize:
+                found[layer] = part
+        rest = {layer: part for layer, part in parts.items() if layer not in found}
+        if tensor_bytes(rest) > min(SHIP_BYTES, server.max_bytes):
+            logger.info("whole transcoders stay here: what they read comes back")
+            widths = {layer: self.transcoders.config(layer).d_transcoder for layer in rest}
+            found |= {n: p for n, p in rest.items() if _n_encoded(p) == widths[n]}
+        return dict(sorted(found.items()))
 
-    def _mlp_input(self, layer: int, mid: Tensor) -> Tensor:
-        here = self.sites.layers[layer]
-        node = self.model.get(here.mlp_in)
-        if self.frozen is None or here.mlp_norm is None:
-            return node.input.reshape(mid.shape)
-        mlp_in = self.frozen.norms[here.mlp_norm].forward(mid.to(self.dtype))
-        node.input = mlp_in.to(mid.dtype).reshape(node.input.shape)
-        return mlp_in
+    def _positions(self, part: dict[str, Any], what: str) -> Tensor:
+        """Where the value that a layer's transcoder reads is needed, for its ``settings`` or for
+        what is ``read``."""
+        if what == "settings" and (part["follow"] or part["skip"] is not None):
+            return torch.arange(len(self.token_ids))
+        return part[what]["position"].unique()
 
-    def _site(self, layer: int, mid: Tensor, mlp_in: Tensor) -> Tensor:
-        """What the transcoder reads."""
-        site = self.transcoders.config(layer).input_site
-        if site == "N1":
-            return mlp_in.to(self.dtype)
-        if site == "R":
-            return mid.to(self.dtype)
-        read = None if self.frozen is None else self.frozen.model.layers[layer].read
-        mid = mid.to(self.dtype)
-        return self._n0[layer].normalise(mid) if read is None else read.forward(mid)
+    @torch.no_grad()
+    def _set_here(
+        self, layer: int, part: dict[str, Any], kept: Tensor, positions: Tensor
+    ) -> tuple[Tensor | None, dict[int, Tensor]]:
+        """``set_features`` on values ``(B, p, D)`` that came back from some positions."""
+        x = torch.zeros(len(kept), len(self.token_ids), kept.shape[-1], dtype=self.dtype)
+        x[:, positions] = kept.to(self.dtype)
+        acts, deltas = set_features(layer, part, x.to(part["encoder"].device))
+        there = {target: delta.cpu() for target, delta in deltas.items()}
+        return None if acts is None else acts.cpu(), there
 
-    def _set_features(
-        self, layer: int, x: Tensor, settings: Settings | None, deltas: dict[int, Tensor]
-    ) -> Tensor | None:
-        """Encode ``x``, set what is to be set, and add what changed to ``deltas``."""
-        module = self.transcoders.load(layer, dtype=self.dtype).to(x.device)
-        computed = module.activation(module.pre_activations(x))
-        computed[:, : module.config.leading_positions] = 0
-        acts, at = computed, None
-        if settings is not None:
-            here = settings.to(x.device)
-            at = (here.row, here.position, here.index)
-            acts = computed.clone()
-            acts[at] = here.factor.to(self.dtype) * computed[0, here.position, here.index]
-        if layer in self.follow:
-            self._add(layer, module, acts - computed[:1], deltas)
-        elif at is not None:
-            # Where the features are held, against what is held; else against what the row's own
-            # MLP answers to.
-            change = torch.zeros_like(acts)
-            change[at] = (acts - (computed[:1] if layer in self.pinned else computed))[at]
-            self._add(layer, module, change, deltas)
-        if layer in self.held and module.W_skip is not None:
-            skipped = torch.nn.functional.linear(x - x[:1], module.W_skip)
-            deltas[layer] = deltas.get(layer, 0) + skipped
-        if layer not in self.wanted:
-            return None
-        positions, indices = (t.to(x.device) for t in self.wanted[layer])
-        return acts[:, positions, indices].clone()
-
-    def _add(self, layer: int, module: Any, change: Tensor, deltas: dict[int, Tensor]) -> None:
-        """Add what changed features ``(B, T, F)`` write to the outputs of all layers they do."""
-        targets = self.transcoders.targets(layer)
-        for j, target in enumerate(targets):
-            table = module.W_dec.detach().reshape(-1, self.sites.d_model)
-            written = sparse_decode(change, table, stride=len(targets), offset=j)
-            deltas[target] = deltas.get(target, 0) + written
-
-    def _change_output(self, layer: int, delta: Tensor | None, shape: Sequence[int]) -> None:
-        here, model = self.sites.layers[layer], self.model
-        has_set = layer in self.transcoders
-        before_norm = not has_set or self.transcoders.config(layer).output_site == "O"
-        node = model.get(here.mlp_out)
-        output = node.output
-        y, *others = output if isinstance(output, tuple) else (output,)
-        out = y.reshape(shape)
-        if here.mlp_post_norm is None or before_norm:
-            out = self._changed(out, layer, delta)
-            changed = out.to(y.dtype).reshape(y.shape)
-            node.output = (changed, *others) if others else changed
-        if here.mlp_post_norm is None:
-            return  # sites O and O' are one
-        node = model.get(here.mlp_post_norm)
-        if self.frozen is None:
-            written = node.output
-        else:
-            written = self.frozen.norms[here.mlp_post_norm].forward(out.to(self.dtype))
-        if not before_norm:
-            written = self._changed(written.reshape(shape), layer, delta)
-        node.output = written.to(y.dtype).reshape(y.shape)
-
-    def _changed(self, y: Tensor, layer: int, delta: Tensor | None) -> Tensor:
-        y = y.to(self.dtype)
-        if layer in self.held:
-            y = y[:1].expand_as(y)
-        return y.clone() if delta is None else y + delta.to(y.device)
-
-    def freeze_final(self) -> None:
-        """The last norm at its denominators."""
-        if self.frozen is not None:
-            node = self.model.get(self.sites.final_norm)
-            x = node.input
-            node.output = self.frozen.model.final_norm.forward(x.to(self.dtype)).to(x.dtype)
+    def _error_vectors(self, errors: Mapping[int, Changes]) -> dict[int, dict[str, Tensor]]:
+        """Layer -> what changes of errors add to its output, and where."""
+        nodes = [(layer, p) for layer, e in errors.items() for p in e.position.tolist()]
+        if not nodes:
+            return {}
+        server = self.patching.server
+        vectors = error_vectors(
+            self.patched.model,
+            self.patched.sites,
+            self.transcoders,
+            self.token_ids,
+            nodes,
+            self.dtype,
+            None if server is None else replace(server, dtype=None),
+        )
+        found = {}
+        for layer, changes in errors.items():
+            own = torch.stack([vectors[layer, p] for p in changes.position.tolist()])
+            more = (changes.factor - 1).to(own)[:, None] * own
+            found[layer] = {"row": changes.row, "position": changes.position, "vector": more}
+        return found
 
 
-def _trace(run: InterventionRun, ids: Tensor, settings: Mapping[int, Settings]) -> dict[str, Any]:
-    # One function, read by nnsight as source: the block below runs inside the forward pass.
-    model, sites = run.model, run.sites
-    shape = (*ids.shape, sites.d_model)
-    with model.trace(ids):
-        saved: dict[str, Any] = nnsight.save({"activations": {}})
-        deltas: dict[int, Tensor] = {}
-        for layer in range(len(sites.layers)):
-            found = run.step(layer, settings.get(layer), deltas, shape)
-            if found is not None:
-                saved["activations"][layer] = found
-        run.freeze_final()
-        saved["final"] = model.get(sites.unembed).input[:, run.position].to(run.dtype)
-        saved["logits"] = model.get(sites.unembed).output[:, run.position].to(run.dtype)
-        saved["probabilities"] = model.output.logits[:, run.position].to(run.dtype).softmax(-1)
-    return saved
+def _n_encoded(part: Mapping[str, Any]) -> int:
+    return 0 if part["encoder"] is None else len(part["encoder"])
+
+
+def _changed_rows(part: Mapping[str, Any], n_rows: int) -> set[int]:
+    """In which rows a layer's output is changed by its transcoder."""
+    if part["follow"] or part["skip"] is not None:
+        return set(range(n_rows))
+    return set() if part["settings"] is None else set(part["settings"]["row"].tolist())
+
+
+def _rounds(parts: Mapping[int, dict[str, Any]], n_rows: int) -> Iterator[list[int]]:
+    """Layers whose changes can be found in one run: those below which no change of the same row is
+    still to be found."""
+    left = {layer: _changed_rows(part, n_rows) for layer, part in sorted(parts.items())}
+    left = {layer: rows for layer, rows in left.items() if rows}
+    while left:
+        below: set[int] = set()
+        ready = []
+        for layer, rows in left.items():
+            if not rows & below:
+                ready.append(layer)
+            below |= rows
+        yield ready
+        left = {layer: rows for layer, rows in left.items() if layer not in ready}
+
+
+def _with_entries(entries: dict[str, Tensor] | None, delta: Tensor) -> dict[str, Tensor]:
+    """Vectors at rows and positions, and those of ``delta (B, T, D)`` that are not zero."""
+    row, position = delta.abs().amax(-1).nonzero(as_tuple=True)
+    more = {"row": row, "position": position, "vector": delta[row, position]}
+    if entries is None:
+        return more
+    return {name: torch.cat([entries[name].to(more[name]), more[name]]) for name in more}
+
+
+def _plain(changes: Changes) -> dict[str, Tensor]:
+    return {"row": changes.row, "position": changes.position, "factor": changes.factor}

@@ -122,9 +122,24 @@ class FrozenAttention:
         return out if self.b_O is None else out + self.b_O
 
     def _mix(self, v: Tensor) -> Tensor:
-        v_BSKE = v.unflatten(-1, (-1, self.head_dim))
-        z = torch.einsum("kgts,...ske->...tkge", self.pattern_KgTS.to(v.dtype), v_BSKE)
-        return z.flatten(-3) @ self.W_O.T.to(v.dtype)
+        mixed = mix_values(self.pattern.to(v.dtype), v, self.head_dim)
+        return mixed @ self.W_O.T.to(v.dtype)
+
+
+def mix_values(pattern: Tensor, values: Tensor, head_dim: int) -> Tensor:
+    """Values at every position, mixed by each query head's pattern.
+
+    Args:
+        pattern: ``(H, T, S)``; consecutive query heads share a value head.
+        values: ``(..., S, K * E)``.
+        head_dim: E.
+
+    Returns:
+        ``(..., T, H * E)``, what the output projection reads.
+    """
+    v_SKE = values.unflatten(-1, (-1, head_dim))
+    pattern_KgTS = pattern.unflatten(0, (v_SKE.shape[-2], -1))
+    return torch.einsum("kgts,...ske->...tkge", pattern_KgTS, v_SKE).flatten(-3)
 
 
 @dataclass(frozen=True)
@@ -137,7 +152,8 @@ class FrozenLayer:
         attention_post_norm: The norm on attention's output, if any.
         read: From the residual stream to the transcoder's input site; None for the raw stream.
         write: From the transcoder's output site to the residual stream; None where they are one.
-        skip: ``(D, D)`` weight ``W_skip`` of the transcoder's affine path, if any.
+        skip: ``(D, D)`` weight ``W_skip`` of the transcoder's affine path, if any; perhaps in a
+            narrower dtype.
     """
 
     attention: FrozenAttention
@@ -153,6 +169,17 @@ class FrozenLayer:
             if part is not None:
                 r_BTD = part.forward(r_BTD) if constants else part.linear(r_BTD)
         return r_BTD
+
+    def skipped_at(self, g_D: Tensor, position: int) -> Tensor:
+        """A cotangent at one position of this block's contribution to the stream, as it comes back
+        through the transcoder's skip path at the stream that it reads; zero without one."""
+        if self.skip is None:
+            return torch.zeros_like(g_D)
+        at, g_1D = torch.tensor([position], device=g_D.device), g_D[None]
+        if self.write is not None:
+            g_1D = self.write.adjoint_at(g_1D, at)
+        g_1D = g_1D @ self.skip.to(g_D.dtype)
+        return (g_1D if self.read is None else self.read.adjoint_at(g_1D, at))[0]
 
 
 #: Places where a sweep stops besides the output sites 0, 1, ...: the embedding, and the stream
@@ -305,7 +332,7 @@ class FrozenModel:
             read = _apply(layer.read, mid, constants)
             out = torch.zeros_like(r) if output is None else output
             if layer.skip is not None:
-                out = out + read @ layer.skip.T
+                out = out + read @ layer.skip.T.to(read.dtype)
             reads.append(read)
             written.append(out)
             r = r + attended + _apply(layer.write, out, constants)

@@ -6,7 +6,8 @@ them. Legend: B contexts, T positions, n active entries.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from nnsight_transcoders.circuits.active import CHUNK_ELEMENTS, largest_per_posi
 from nnsight_transcoders.errors import InputError
 from nnsight_transcoders.remote.server import Remote
 from nnsight_transcoders.sets import TranscoderSet
-from nnsight_transcoders.site_stream import Where, site_values
+from nnsight_transcoders.site_stream import Where, stream_site_values
 from nnsight_transcoders.sites import Sites
 
 from .entries import SparseActivations
@@ -48,9 +49,7 @@ class ActivationReader:
         remote: Remote | None = None,
     ) -> None:
         self._set, self.layers = transcoders, tuple(layers)
-        first = transcoders.config(self.layers[0])
-        self._joint = first.k if first.activation == "jointtopk" else None
-        if self._joint is not None and self.layers != transcoders.layers:
+        if transcoders.joint_k is not None and self.layers != transcoders.layers:
             raise InputError(
                 "this set chooses its features over all layers together: collect all of them"
             )
@@ -63,7 +62,6 @@ class ActivationReader:
         """Leading positions that any of the layers leaves out."""
         return max(self._set.config(layer).leading_positions for layer in self.layers)
 
-    @torch.no_grad()
     def __call__(self, ids: Tensor, measured: Tensor) -> SparseActivations:
         """What is active at the measured positions.
 
@@ -71,13 +69,34 @@ class ActivationReader:
             ids: ``(B, T)``.
             measured: ``(B, T)`` booleans.
         """
-        read = site_values(
-            self._model, self._wanted, ids, measured, sites=self._sites, remote=self._remote
-        )
-        values = {layer: x for (layer, _), x in read.items()}
+        (found,) = self.stream([(ids, measured)])
+        return found
+
+    def stream(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[SparseActivations]:
+        """The same of many batches, in order. A remote model's requests are sent ahead, so that it
+        runs while what came back is encoded here; a batch that was lost is asked for again.
+
+        Args:
+            batches: Token ids and measured positions of each.
+        """
+        masks: deque[Tensor] = deque()
+
+        def asked() -> Iterator[tuple[Tensor, Tensor]]:
+            for ids, measured in batches:
+                masks.append(measured)
+                yield ids, measured
+
+        for read in stream_site_values(
+            self._model, self._wanted, asked(), sites=self._sites, remote=self._remote
+        ):
+            values = {layer: x for (layer, _), x in read.items()}
+            yield self._active(values, masks.popleft())
+
+    @torch.no_grad()
+    def _active(self, values: Mapping[int, Tensor], measured: Tensor) -> SparseActivations:
         found = [self._encode(layer, values[layer]) for layer in self.layers]
-        if self._joint is not None:
-            found = self._chosen(found, self._joint)
+        if self._set.joint_k is not None:
+            found = self._chosen(found, self._set.joint_k)
         widths = torch.tensor([self._set.config(layer).d_transcoder for layer in self.layers])
         offsets = (widths.cumsum(0) - widths).tolist()
         row = torch.cat([row for row, _, _ in found])

@@ -8,6 +8,7 @@ not on the text. An interrupted pass goes on from its last state and ends with t
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict
@@ -18,11 +19,14 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from nnsight_transcoders.builtin import builtin_model_path
 from nnsight_transcoders.errors import InputError
-from nnsight_transcoders.evaluation.token_batches import special_token_ids, stream_pieces
-from nnsight_transcoders.models import hf_module
-from nnsight_transcoders.remote.server import Remote
+from nnsight_transcoders.evaluation.token_batches import (
+    default_context,
+    special_token_ids,
+    stream_pieces,
+)
+from nnsight_transcoders.models import hf_module, hub_name
+from nnsight_transcoders.remote.server import Remote, remote_server
 from nnsight_transcoders.sets import TranscoderSet
 from nnsight_transcoders.sites import Sites, resolve_sites
 from nnsight_transcoders.training.stream import kept_positions
@@ -75,8 +79,8 @@ def collect_features(
         save_every: Batches between states.
         sites: The model's sites, where they have to be given by hand.
         remote: The model is on a server: True, an address, or a ``RemoteServer``. Its values at the
-            input sites come back and are encoded here. For a large vocabulary give
-            ``n_tokens_listed=0``: the lists are computed from V numbers per feature.
+            input sites come back and are encoded here; the lists of tokens are made there, from
+            two vectors of each feature.
         verbose: Show progress.
 
     Raises:
@@ -85,16 +89,15 @@ def collect_features(
             other features, with other settings or over another text.
     """
     folder, config = Path(path), config or StatisticsConfig()
-    module = hf_module(model, weights=remote is None)
+    module = hf_module(model, weights=remote_server(remote) is None)
     sites = sites or resolve_sites(module)
     transcoders.check_model(sites.d_model, sites.n_layers, type(module).__name__)
     chosen = _layers(transcoders, layers)
-    limit = sites.max_positions or 128
-    context = min(128, limit) if context is None else context
+    context = default_context(sites) if context is None else context
     _check(folder, texts, max_tokens, batch_size, n_tokens_listed, n_coactive, save_every)
     widths = [transcoders.config(layer).d_transcoder for layer in chosen]
     record = {
-        "model": _model_name(module),
+        "model": hub_name(module) or type(module).__name__,
         "transcoders": transcoders.provenance,
         "layers": dict(zip(map(str, chosen), widths, strict=True)),
         "weights": _fingerprint(transcoders, chosen),
@@ -131,15 +134,22 @@ def _pass(
 ) -> None:
     """Run what a state does not have yet."""
     special, leading = special_token_ids(model), reader.leading_positions
-    with tqdm(desc="tokens", unit="tok", disable=not verbose, leave=False) as bar:
-        for number, batch in enumerate(_batches(pieces, progress, batch_size, bar), 1):
+    under_way: deque[tuple[list[Tensor], Tensor]] = deque()
+
+    def batches(bar: tqdm) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in _batches(pieces, progress, batch_size, bar):
             lengths = [len(piece) for piece in batch]
             ids = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True)
             measured = kept_positions(ids, lengths, leading, special)
-            active = reader(ids, measured)
-            statistics.add(torch.tensor(lengths), active, int(measured.sum()))
+            under_way.append((batch, measured))
+            yield ids, measured
+
+    with tqdm(desc="tokens", unit="tok", disable=not verbose, leave=False) as bar:
+        for number, active in enumerate(reader.stream(batches(bar)), 1):
+            batch, measured = under_way.popleft()
+            statistics.add(batch, active, int(measured.sum()))
             progress.append(batch)
-            bar.update(sum(lengths))
+            bar.update(sum(map(len, batch)))
             if number % save_every == 0:
                 progress.save()
     progress.check_all_seen()
@@ -188,11 +198,6 @@ def _check(folder: Path, texts: Any, max_tokens: int | None, *numbers: int) -> N
         )
     if isinstance(texts, str) and texts == "builtin" and max_tokens is None:
         raise InputError("the builtin text has no end: give max_tokens")
-
-
-def _model_name(module: Any) -> str:
-    path = str(getattr(getattr(module, "config", None), "_name_or_path", ""))
-    return "builtin" if path == builtin_model_path() else path or type(module).__name__
 
 
 def _fingerprint(transcoders: TranscoderSet, layers: Sequence[int]) -> str:
