@@ -68,6 +68,8 @@ class CheckpointFolder:
         path = self._out / RUN
         if path.exists():
             _check_same(path, settings)
+            if self._processes.is_main:
+                self._clear_leftovers()
         elif self._processes.is_main:
             if (self._out / "config.json").exists():
                 raise InputError(
@@ -129,6 +131,11 @@ class CheckpointFolder:
         for path in partial.glob(f"rank_{rank}.*"):  # on the disk before the folder gets its name
             with path.open("rb") as file:
                 os.fsync(file.fileno())
+
+    def _clear_leftovers(self) -> None:
+        """What a process that was killed while it saved had no time to remove."""
+        self._clear_partial()
+        self._remove_older(max(self._steps(), default=0))
 
     def _clear_partial(self) -> None:
         for path in self._folder.glob(".step_*.part"):

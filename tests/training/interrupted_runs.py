@@ -156,8 +156,9 @@ def full_disk(folder: Path) -> None:
 
 
 def checkpoint_files(folder: Path) -> dict[str, bytes]:
-    """What complete checkpoints hold, by file."""
-    return {str(p): p.read_bytes() for p in sorted((folder / "checkpoint").glob("step_*/*"))}
+    """What the newest complete checkpoint holds, by file."""
+    last = folder / "checkpoint" / f"step_{newest(folder):08d}"
+    return {str(path): path.read_bytes() for path in sorted(last.iterdir())}
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -93,6 +94,18 @@ def test_killed_many_times(whole: Path, tmp_path: Path, seed: int) -> None:
     interrupted(tmp_path, seed, 25)
     assert_same(tmp_path / "random", whole)
     assert_same(tmp_path / "files", whole)
+
+
+def test_killed_before_the_older_checkpoint_was_removed(whole: Path, tmp_path: Path) -> None:
+    """Also where nothing is left to be trained."""
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    newest = folder / "checkpoint" / f"step_{CONFIG.steps:08d}"
+    shutil.copytree(newest, newest.with_name(f"step_{CONFIG.steps - 1:08d}"))
+    shutil.copytree(newest, newest.with_name(f".step_{CONFIG.steps + 1:08d}.part"))
+    model, *_ = planted_model()
+    train(model, rows(200), CONFIG, out=folder, verbose=False)
+    assert_same(folder, whole)
 
 
 class Breaking(list):
