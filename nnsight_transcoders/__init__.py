@@ -57,9 +57,11 @@ if TYPE_CHECKING:
         plot_pareto,
     )
     from .remote.graph import RemoteGraph
+    from .remote.graphs import RemoteGraphs
+    from .remote.job_memory import EdgeMemory, estimate_edge_memory
     from .remote.payload import ModelShape, estimate_payload
     from .remote.server import RemoteServer
-    from .remote.submitting import submit_graph
+    from .remote.submitting import submit_graph, submit_graphs
     from .sets import TranscoderSet
     from .site_stream import read_features, stream_site_values
     from .sites import Sites, resolve_sites
@@ -73,12 +75,14 @@ _PUBLIC = {
     "BlindStudy": ".circuits.blind",
     "CircuitRun": ".circuits.contributions",
     "CrossLayerTranscoder": ".transcoder",
+    "EdgeMemory": ".remote.job_memory",
     "Evaluation": ".evaluation.report",
     "FeatureBundle": ".features.bundle",
     "FeatureLabels": ".features.labels",
     "ModelShape": ".remote.payload",
     "ParetoTable": ".evaluation.pareto_table",
     "RemoteGraph": ".remote.graph",
+    "RemoteGraphs": ".remote.graphs",
     "RemoteServer": ".remote.server",
     "Sites": ".sites",
     "TrainConfig": ".training.config",
@@ -96,6 +100,7 @@ _PUBLIC = {
     "de_embed": ".circuits.virtual_weights",
     "de_embeddings": ".circuits.weights",
     "detach": ".attachment.edit",
+    "estimate_edge_memory": ".remote.job_memory",
     "estimate_payload": ".remote.payload",
     "evaluate": ".evaluation.measuring",
     "explain_features": ".features.explain",
@@ -126,6 +131,7 @@ _PUBLIC = {
     "stream_site_values": ".site_stream",
     "strongest_connections": ".circuits.connections",
     "submit_graph": ".remote.submitting",
+    "submit_graphs": ".remote.submitting",
     "top_connections": ".circuits.connections",
     "top_paths": ".circuits.paths",
     "train": ".training.trainer",

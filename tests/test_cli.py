@@ -180,7 +180,7 @@ def test_trace_checks_thresholds_and_folder_before_it_computes(
     trace: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(
-        "nnsight_transcoders.cli.graphs.load_model", lambda *_: pytest.fail("loaded")
+        "nnsight_transcoders.cli.graphs.open_model", lambda *_: pytest.fail("loaded")
     )
     fails(trace(PROMPT, "--node-threshold", "2"), "--node-threshold")
     (tmp_path / "file").write_text("kept")
@@ -227,6 +227,55 @@ def test_another_model_needs_a_set(run: Run, files: Path) -> None:
 )
 def test_parse_layers(text: str, layers: list[int]) -> None:
     assert parse_layers(text) == layers
+
+
+# -- paths ---------------------------------------------------------------------------------------
+
+
+def test_paths_of_a_feature(run: Run, files: Path, tmp_path: Path) -> None:
+    traced = AttributionGraph.load(files / "traced/graph.safetensors")
+    features = [traced.node(i) for i in traced.of_kind("feature").tolist()]
+    node = next(one for one in features if one.layer == 2 and one.position == 3)
+    options = ("--feature", node.id, "--depth", "2", "--beam", "7", "--json")
+    result = run("paths", PROMPT, *_where(files), *options)
+    assert result.exit_code == 0, result.output
+    data = json.loads(result.stdout)
+    assert data["target"] == f"feature 2 {node.index} @3"
+    assert data["total"] == pytest.approx(float(traced.total[node.number]), rel=1e-3)
+    assert len(data["paths"]) == 14
+    assert {len(path["steps"]) for path in data["paths"]} == {1, 2}
+    graph = AttributionGraph.load(tmp_path / data["graph_file"])
+    assert graph.completeness_error < 1e-3
+    assert (tmp_path / data["page"]).is_file()
+    last = ("--feature", node.id.rpartition("_")[0])
+    again = run("paths", PROMPT, *_where(files), *last, "--top", "2")
+    assert again.stdout.splitlines()[0].endswith(data["target"])
+    assert sum(" <- " in line for line in again.stdout.splitlines()) == 2
+
+
+def test_paths_of_a_token(run: Run, files: Path) -> None:
+    likeliest = json.loads(run("paths", PROMPT, *_where(files), "--json").stdout)
+    traced = AttributionGraph.load(files / "traced/graph.safetensors")
+    assert likeliest["target"] == traced.target_names[0]
+    named = json.loads(run("paths", PROMPT, *_where(files), "--target", "w7", "--json").stdout)
+    assert named["target"] == "w7"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--feature", "1-2"), "--feature takes LAYER_INDEX_POSITION"),
+        (("--feature", "1_2_99"), "outside the prompt"),
+        (("--feature", "9_2"), "feature 2 of layer 9 is not active"),
+        (("--feature", "1_2", "--target", "w7"), "not both"),
+        (("--target", "w7 w8"), "w7 w8"),
+        (("--beam", "0"), "beam must be at least 1"),
+    ],
+)
+def test_paths_says_what_is_wrong(
+    run: Run, files: Path, arguments: tuple[str, ...], words: str
+) -> None:
+    fails(run("paths", PROMPT, *_where(files), *arguments), words)
 
 
 # -- info ----------------------------------------------------------------------------------------

@@ -149,11 +149,13 @@ def test_the_reader_of_imports_sees_them():
     [
         ("errors", set()),
         ("activations", {".errors"}),
-        ("transcoder", {".errors", ".activations"}),
+        ("sparse_product", set()),
+        ("transcoder", {".errors", ".activations", ".sparse_product"}),
+        ("layer_sources", {".transcoder"}),
         ("norms", {".errors"}),
         ("blocks", {".errors"}),
         ("sites", {".errors", ".blocks"}),
-        ("models", {".errors"}),
+        ("models", {".builtin", ".errors"}),
         ("attachment.replacement", {".errors", ".sets", ".transcoder"}),
         ("circuits.folded", {".circuits.linear"}),  # for type checkers
         ("circuits.linear", {".circuits.folded"}),
@@ -171,7 +173,7 @@ def test_sets_reach_the_hub_only_when_called():
     top = [ast.unparse(node) for node in tree.body if isinstance(node, ast.ImportFrom)]
     assert not any("hub" in line for line in top)
     own = {n for n in imports("sets") if n.startswith(".") and not n.startswith(".hub")}
-    assert own <= {".errors", ".activations", ".transcoder"}
+    assert own <= {".errors", ".activations", ".layer_sources", ".transcoder"}
     assert stdlib_only(imports("sets")) <= {"torch"}
 
 
@@ -184,6 +186,7 @@ def test_the_hub_knows_sets_but_no_model(module):
         "._version",
         ".builtin",
         ".errors",
+        ".layer_sources",
         ".sets",
         ".transcoder",
     }

@@ -19,7 +19,7 @@ from nnsight.intervention.envoy import Envoy
 from torch import nn
 
 from nnsight_transcoders import errors
-from nnsight_transcoders.errors import InputError, PayloadTooLargeError
+from nnsight_transcoders.errors import PayloadTooLargeError
 from nnsight_transcoders.remote import loader
 from nnsight_transcoders.remote.loader import run_shipped
 from nnsight_transcoders.remote.payload import megabytes
@@ -132,12 +132,6 @@ class MountedTranscoders(Envoy):
         """The mounted transcoders as tensors, strings and numbers."""
         parts, layers = {}, []
         for layer, r in self._replacements.items():
-            if r.reads_output:
-                raise InputError(
-                    f"layer {layer}'s is a sparse autoencoder, which cannot be attached to a "
-                    "remote run: its features are not known before the MLP has run. Read them with "
-                    "read_features()"
-                )
             splice = Splice(self._sites.layers[layer], r, self._sites.parallel, None)
             layers.append(
                 {

@@ -17,6 +17,10 @@ writes ``transcoders[8].features.output`` as it does locally:
 ``error``            the MLP's output       the same; has to be assigned
 ===================  =====================  ===============================================
 
+A sparse autoencoder reads the MLP's output, so that a block gets all of its values there. The edit
+has written its reconstruction by then, and writes again whenever a block changes something
+(``watched.py``).
+
 This module travels as text (``remote/shipping.py``).
 """
 
@@ -37,6 +41,7 @@ from nnsight_transcoders.transcoder import CrossLayerPart, Transcoder, Transcode
 from .feature_edits import invoke_rows
 from .replacement import Replacement, difference
 from .token_index import continued, token_index_of
+from .watched import Watched
 
 _NAMES = ("token_index", "pre_activations", "features", "reconstruction", "error")
 
@@ -136,6 +141,7 @@ class RemoteLayer:
         self.replacement, self._where = replacement, where
         self.layer, self.mode = replacement.layer, replacement.mode
         self.columns = replacement.columns
+        self._late = replacement.reads_output
         self._tree: Any = None
         self._norm: NormSpec | None = None
         self._handed_out: list[tuple[Tensor, int]] = []
@@ -150,6 +156,9 @@ class RemoteLayer:
 
     def read(self) -> Tensor:
         """The value at the input site, as the model has it."""
+        if self._late:
+            output = self._tree.get(self._where["output"]).output
+            return output[0] if isinstance(output, tuple) else output
         residual, norm = self._where["residual"], self._where["norm"]
         x = None if residual is None else self._tree.get(residual).input
         if norm is not None and self._norm is None and x is not None:
@@ -195,6 +204,8 @@ class RemoteLayer:
         if self.mode != "observe":
             out = self._out(reconstruction).reshape(y.shape)
             written.output = (out, *others) if others else out
+        if self._late:  # blocks have not had their turn
+            self._decoded[:] = False
 
     def check(self) -> None:
         """Check that nothing was lost.
@@ -222,18 +233,42 @@ class RemoteLayer:
             value = self._get_error()
             self._handed_out.append((value, value._version))
             return value
-        _ = self._tree.get(self._where["mlp_in"]).input  # waits
+        self._wait()
         if name == "token_index":
             return invoke_rows(self.current_token_index)
         rows = invoke_rows(self._rows)
         if name == "reconstruction":
-            return invoke_rows(self._reconstructed(rows))
+            return self._handed(name, invoke_rows(self._reconstructed(rows)))
         if bool(self._decoded[rows].any()):
             raise InputError(
                 f"the {name} of layer {self.layer} come before its reconstruction: read and edit "
                 "them first"
             )
-        return invoke_rows(self._pre if name == "pre_activations" else self._features(rows))
+        value = self._pre if name == "pre_activations" else self._features(rows)
+        return self._handed(name, invoke_rows(value))
+
+    def _wait(self) -> None:
+        if self._late:
+            _ = self._tree.get(self._where["output"]).output
+        else:
+            _ = self._tree.get(self._where["mlp_in"]).input
+
+    def _handed(self, name: str, value: Tensor) -> Tensor:
+        """A value as a block gets it: of an autoencoder, watched."""
+        if not self._late:
+            return value
+        rows = invoke_rows(self._rows)
+
+        def changed() -> None:
+            if name == "reconstruction":
+                self._write_again()
+            elif not bool(self._decoded[rows].any()):
+                if name == "pre_activations":
+                    self._encoded[rows] = False
+                self._write_again()
+                self._decoded[rows] = False
+
+        return Watched.of(value, changed)
 
     def put(self, name: str, value: Tensor) -> None:
         """Give the running block's rows of a value another one."""
@@ -264,8 +299,8 @@ class RemoteLayer:
         written = self._tree.get(self._where["output"])
         output = written.output
         y, *others = output if isinstance(output, tuple) else (output,)
-        assert self._reconstruction is not None
-        out = invoke_rows(self._out(self._reconstruction)).reshape(y.shape)
+        reconstruction = self._reconstructed(invoke_rows(self._rows))
+        out = invoke_rows(self._out(reconstruction)).reshape(y.shape)
         written.output = (out, *others) if others else out
 
     def _features(self, rows: Tensor) -> Tensor:

@@ -21,6 +21,8 @@ Linear = tuple[Tensor, Tensor | None]
 #: A map is asked for its values at this multiple of a basis: the bias is then small beside the
 #: weights, which in half precision come back as they are and not rounded to the bias's grid.
 BASIS_SCALE = 256.0
+#: Rows of a basis that go through a map at a time.
+BASIS_ROWS = 1024
 
 
 def stored_weight(linear: Any, dtype: torch.dtype) -> Linear | None:
@@ -38,20 +40,36 @@ def stored_weight(linear: Any, dtype: torch.dtype) -> Linear | None:
 
 
 def probed_weight(
-    call: Callable[[Tensor], Tensor], width: int, like: Tensor, dtype: torch.dtype
+    call: Callable[[Tensor], Tensor],
+    width: int,
+    like: Tensor,
+    dtype: torch.dtype,
+    rows: Tensor | None = None,
 ) -> Linear:
-    """A linear map's weight and bias from its values on a basis.
+    """A linear map's weight and bias from its values on a basis, of which a part goes through at a
+    time.
 
     Args:
         call: The map, of ``(n, width)``.
         width: Of its input.
         like: A tensor of the dtype and on the device that it takes.
         dtype: Of the result.
+        rows: Which rows of the weight are wanted; default: all.
     """
-    basis = torch.eye(width, device=like.device, dtype=like.dtype)
-    bias = call(torch.zeros_like(basis[:1])).detach()[0].to(dtype)
-    weight = (call(basis * BASIS_SCALE).detach().to(dtype) - bias) / BASIS_SCALE
-    return weight.T.contiguous(), bias if bool(bias.any()) else None
+    at: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
+    wide = torch.promote_types(like.dtype, torch.float32)
+
+    def wanted(x: Tensor) -> Tensor:
+        out = call(x).detach()
+        return (out if rows is None else out[:, rows]).to(wide)
+
+    bias = wanted(torch.zeros(1, width, **at))[0]
+    weight = torch.empty(len(bias), width, device=bias.device, dtype=dtype)
+    for start in range(0, width, BASIS_ROWS):
+        part = torch.zeros(min(BASIS_ROWS, width - start), width, **at)
+        part.diagonal(start).fill_(BASIS_SCALE)
+        weight[:, start : start + BASIS_ROWS] = ((wanted(part) - bias) / BASIS_SCALE).T
+    return weight, bias.to(dtype) if bool(bias.any()) else None
 
 
 def split_value(

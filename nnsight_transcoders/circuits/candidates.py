@@ -138,7 +138,7 @@ class Candidates:
         """Feature numbers, highest layer first -> the cotangents of their encoder rows."""
         vectors = self.chosen.direction.new_empty(len(features), self.chosen.direction.shape[1])
         for number, here, rows in self.by_layer(features):
-            vectors[here] = self.active.layers[number].encoder_of(rows)
+            vectors[here] = self.active.layers[number].encoder_of(rows).to(vectors.dtype)
         return Targets(vectors, self.layer[features], self.positions[features])
 
     def logit_targets(self) -> Targets:

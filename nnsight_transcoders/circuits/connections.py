@@ -19,10 +19,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from nnsight_transcoders.errors import CheckpointError, InputError
+from nnsight_transcoders.remote.server import Remote
 from nnsight_transcoders.sets import TranscoderSet
 from nnsight_transcoders.sites import Sites
 
-from .invariant import Head, InvariantModel
+from .invariant import Head, InvariantModel, invariant_model
 from .ov import OVCircuit
 
 #: Rows of a layer taken at a time.
@@ -64,6 +65,7 @@ def top_connections(
     head: Head | None = None,
     k: int = 20,
     sites: Sites | None = None,
+    remote: Remote | None = None,
 ) -> list[Connection]:
     """The features of all other layers that one feature is most strongly connected with.
 
@@ -77,6 +79,8 @@ def top_connections(
         head: The path, as for ``virtual_weights``.
         k: How many.
         sites: The model's sites, where they have to be given by hand.
+        remote: The model is on a server: True, an address, or a ``RemoteServer``. Its norms, and
+            the maps of ``head``, are asked for.
 
     Returns:
         By magnitude, largest first.
@@ -86,7 +90,7 @@ def top_connections(
     """
     if direction not in ("up", "down"):
         raise InputError(f"direction must be 'up' or 'down', got {direction!r}")
-    invariant, best = InvariantModel(model, sites), _Best(k)
+    invariant, best = invariant_model(model, sites, remote), _Best(k)
     ov = None if head is None else invariant.ov(head)
     which = "decoder" if direction == "up" else "encoder"
     own = transcoders.rows(layer, [feature], which)
@@ -160,6 +164,7 @@ def strongest_connections(
     head: Head | None = None,
     verbose: bool = False,
     sites: Sites | None = None,
+    remote: Remote | None = None,
 ) -> list[Connection]:
     """The strongest connections between any two features of the set: exact, streamed.
 
@@ -172,6 +177,8 @@ def strongest_connections(
         head: The path, as for ``virtual_weights``.
         verbose: Show progress.
         sites: The model's sites, where they have to be given by hand.
+        remote: The model is on a server: True, an address, or a ``RemoteServer``. Its norms, and
+            the maps of ``head``, are asked for.
 
     Returns:
         By magnitude, largest first. The work is up to ``F x F x D`` per pair of layers: for large
@@ -180,7 +187,7 @@ def strongest_connections(
     Raises:
         InputError: A layer, head or limit that there is not.
     """
-    invariant, best = InvariantModel(model, sites), _Best(k)
+    invariant, best = invariant_model(model, sites, remote), _Best(k)
     ov = None if head is None else invariant.ov(head)
     pairs = [
         (source, target)

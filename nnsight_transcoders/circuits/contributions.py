@@ -14,9 +14,10 @@ Legend: D d_model, H heads, S source positions, n contributions.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from copy import copy
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,66 +32,13 @@ from nnsight_transcoders.sites import Sites, resolve_sites
 from .active import ActiveFeatures, active_features
 from .collect import Run, collect, token_ids_of, token_texts
 from .engine import OperatorEngine
+from .feature_vectors import Contribution, FeatureVector
+from .freeze import frozen_attention
+from .heads import Heads, LocalHeads
 from .linear import FrozenModel
+from .remote_heads import ServerHeads
 from .remote_run import ServerWeights, collect_remote
 from .targets import Target, choose_targets
-
-Kind = Literal["token", "position", "feature", "error", "attention", "skip", "bias"]
-
-#: What a path can be continued from; the others are where paths end.
-EXTENDABLE = ("feature", "attention", "skip")
-
-
-@dataclass(frozen=True)
-class FeatureVector:
-    """A target in the residual stream (the paper's term).
-
-    Attributes:
-        vector: ``(D,)`` its product with the stream is what is taken apart.
-        position: Where it stands.
-        n_attention: How many layers' attention has been added where it reads.
-        n_mlp: How many layers' MLP outputs have been added where it reads.
-        constant: What is added to the product: an encoder's bias times the weights so far.
-        name: For messages and graphs.
-        token_id: The vocabulary id where a token's logit is the root target; -1 otherwise.
-    """
-
-    vector: Tensor
-    position: int
-    n_attention: int
-    n_mlp: int
-    constant: float
-    name: str
-    token_id: int = -1
-
-
-@dataclass(frozen=True)
-class Contribution:
-    """What one component adds to a target.
-
-    Attributes:
-        kind: ``"token"``, ``"position"`` (a separate position embedding), ``"feature"``,
-            ``"error"``, ``"attention"``, ``"skip"`` (a transcoder's affine path) or ``"bias"``.
-        layer: The component's layer; -1 for embeddings, and for the target's own constant.
-        position: The position it is read at: the source position of an attention term.
-        index: Feature number, or head; -1 otherwise.
-        value: The contribution, in units of the root target.
-        activation: For a feature: its activation, the factor that depends on the input.
-        weight: For a feature: the other factor, ``value = activation * weight``.
-    """
-
-    kind: Kind
-    layer: int
-    position: int
-    index: int
-    value: float
-    activation: float = 1.0
-    weight: float = 0.0
-
-    def __str__(self) -> str:
-        layer = f" {self.layer}" if self.layer >= 0 else ""
-        index = {"feature": f" {self.index}", "attention": f" head {self.index}"}
-        return f"{self.kind}{layer}{index.get(self.kind, '')} @{self.position}"
 
 
 class CircuitRun:
@@ -103,6 +51,7 @@ class CircuitRun:
         active: The active features.
         model: The nnsight model, for its tokenizer, its unembedding and its attention modules.
         there: The weights of a model that is on a server; None of one that is here.
+        heads: Its attention; default: that of the frozen model.
     """
 
     def __init__(
@@ -113,13 +62,13 @@ class CircuitRun:
         active: ActiveFeatures,
         model: Any,
         there: ServerWeights | None = None,
+        heads: Heads | None = None,
     ) -> None:
-        self.sites, self.run, self.active, self._there = sites, run, active, there
+        self.sites, self.run, self.active, self.there = sites, run, active, there
         self.frozen: FrozenModel = engine.frozen
         self._engine, self.model = engine, model
         self._resid = [resid.to(engine.dtype) for resid in run.resid]
-        start = torch.zeros_like(engine.final)
-        self._attention_bias = [layer.attend(start, constants=True) for layer in self.frozen.layers]
+        self._heads = LocalHeads(self.frozen, self._resid) if heads is None else heads
 
     @classmethod
     def collect(
@@ -141,7 +90,8 @@ class CircuitRun:
             sites: The model's sites, where they have to be given by hand.
             remote: Run the model on a server: True, an address, or a ``RemoteServer``.
             weights: Of a remote model: a folder or Hub repository with its checkpoint, to read its
-                attention maps from. Without one they come from the server. ``"server"``: always.
+                attention maps from. Without one they stay on the server, which then is asked for
+                each target's contributions. ``"server"``: always.
 
         Raises:
             MismatchError: The set does not fit the model.
@@ -159,14 +109,35 @@ class CircuitRun:
             run = collect(model, sites, token_ids, list(range(len(token_ids))))
         else:
             run, there = collect_remote(model, module, sites, token_ids, server, weights)
-        engine = OperatorEngine(there or module, sites, run, transcoders)
+        maps = there is None or there.on_client
+        engine = OperatorEngine(there or module, sites, run, transcoders, maps=maps)
         active = active_features(run, transcoders, engine.inputs, engine.dtype)
-        return cls(sites, run, engine, active, model, there)
+        heads = None
+        if there is not None and not maps:
+            heads = ServerHeads(there, engine.frozen, sites, run)
+        return cls(sites, run, engine, active, model, there, heads)
 
     @property
     def remote(self) -> bool:
         """Whether the model is on a server."""
-        return self._there is not None
+        return self.there is not None
+
+    def with_maps(self) -> CircuitRun:
+        """The same run with every layer's value and output maps here; those of a remote model are
+        asked for (docs/remote_editing.md says how large they are)."""
+        if isinstance(self._heads, LocalHeads):
+            return self
+        assert self.there is not None
+        self.there.fetch_attention()
+        layers = []
+        for number, layer in enumerate(self.frozen.layers):
+            norm = layer.attention_norm
+            attention = frozen_attention(self.there, self.sites, number, self.run, norm)
+            layers.append(replace(layer, attention=attention))
+        found = copy(self)
+        found.frozen = replace(self.frozen, layers=tuple(layers))
+        found._heads = LocalHeads(found.frozen, self._resid)
+        return found
 
     @property
     def token_texts(self) -> tuple[str, ...]:
@@ -200,10 +171,10 @@ class CircuitRun:
             run, logits=run.logits[[position]], probabilities=run.probabilities[[position]]
         )
         final = self._engine.final[position]
-        module = None if self._there else hf_module(self.model)
+        module = None if self.there else hf_module(self.model)
         spec = choose_targets(self.model, module, self.sites, at, final, [target], 1, 1.0)
-        if self._there and int(spec.index) >= 0:
-            rows, bias = self._there.logit_directions(spec.index.tolist(), self.dtype)
+        if self.there and int(spec.index) >= 0:
+            rows, bias = self.there.logit_directions(spec.index.tolist(), self.dtype)
             spec = replace(spec, direction=rows, bias=bias)
         norm = self.frozen.final_norm
         vector = norm.adjoint_at(spec.direction, torch.tensor([position]))[0]
@@ -233,11 +204,15 @@ class CircuitRun:
 
     def attention_output(self, layer: int) -> Tensor:
         """What a layer's attention added to the stream ``(T, D)``, but for its biases."""
-        return self.frozen.layers[layer].attend(self._resid[layer], constants=False)
+        if isinstance(self._heads, LocalHeads):
+            return self.frozen.layers[layer].attend(self._resid[layer], constants=False)
+        attended, norm = self.run.attended[layer], self.frozen.layers[layer].attention_post_norm
+        attended = attended.to(self.dtype)
+        return (attended if norm is None else norm.forward(attended)) - self.attention_bias(layer)
 
     def attention_bias(self, layer: int) -> Tensor:
         """What the biases on the way through a layer's attention added to the stream."""
-        return self._attention_bias[layer]
+        return self._heads.bias(layer)
 
     # -- taking apart ----------------------------------------------------------------------------
 
@@ -248,22 +223,40 @@ class CircuitRun:
             found.append(Contribution("bias", -1, target.position, -1, target.constant))
         return found
 
+    def prepare(self, targets: Sequence[FeatureVector]) -> None:
+        """Several targets' contributions will be wanted: a server is asked for them together."""
+        self._heads.prepare(targets)
+
     def extend(self, target: FeatureVector, by: Contribution) -> FeatureVector:
         """The feature vector that a contribution to a target pulls back to, in the same units.
 
         Raises:
             InputError: A component that paths end in.
         """
+        return self.extend_all([(target, by)])[0]
+
+    def extend_all(self, ends: Sequence[tuple[FeatureVector, Contribution]]) -> list[FeatureVector]:
+        """``extend`` of several; a server is asked once for all of them.
+
+        Raises:
+            InputError: A component that paths end in.
+        """
+        through = [(target, by) for target, by in ends if by.kind == "attention"]
+        vectors = iter(self._heads.pull_back(through))
+        return [
+            FeatureVector(next(vectors), by.position, by.layer, by.layer, 0.0, str(by))
+            if by.kind == "attention"
+            else self._extended(target, by)
+            for target, by in ends
+        ]
+
+    def _extended(self, target: FeatureVector, by: Contribution) -> FeatureVector:
         if by.kind == "feature":
             active = self.active.layers[by.layer]
             here = (active.position == by.position) & (active.index == by.index)
             return self._encoder_vector(by.layer, int(here.nonzero()), by.weight)
-        if by.kind == "attention":
-            folded = self.frozen.folded[by.layer]
-            vector = folded.pull_back(target.vector, target.position, by.index, by.position)
-            return FeatureVector(vector, by.position, by.layer, by.layer, 0.0, str(by))
         if by.kind == "skip":
-            vector = self.frozen.folded[by.layer].skipped_at(target.vector, target.position)
+            vector = self.frozen.layers[by.layer].skipped_at(target.vector, target.position)
             above = by.layer if self.frozen.parallel else by.layer + 1
             return FeatureVector(vector, target.position, above, by.layer, 0.0, str(by))
         raise InputError(f"a path ends at a {by.kind}: it cannot be extended")
@@ -321,7 +314,7 @@ class CircuitRun:
         if block.write is not None and block.write.bias is not None:
             bias += float(block.write.bias @ target.vector)
         if block.skip is not None:
-            vector = self.frozen.folded[layer].skipped_at(target.vector, at)
+            vector = block.skipped_at(target.vector, at)
             above = layer if self.frozen.parallel else layer + 1
             value = float(self._stream(above, layer)[at] @ vector)
             found.append(Contribution("skip", layer, at, -1, value))
@@ -334,15 +327,12 @@ class CircuitRun:
 
     def _attention(self, target: FeatureVector) -> list[Contribution]:
         found, at = [], target.position
-        for layer in range(target.n_attention):
-            folded = self.frozen.folded[layer]
-            terms = folded.head_terms(target.vector, at, self._resid[layer])
+        for layer, (terms, bias) in enumerate(self._heads.terms(target)):
             heads, sources = terms.nonzero(as_tuple=True)
             for head, source, value in zip(
                 heads.tolist(), sources.tolist(), terms[heads, sources].tolist(), strict=True
             ):
                 found.append(Contribution("attention", layer, source, head, value))
-            bias = float(self._attention_bias[layer][at] @ target.vector)
             if bias:
                 found.append(Contribution("bias", layer, at, -1, bias))
         return found

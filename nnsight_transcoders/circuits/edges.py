@@ -35,7 +35,8 @@ class SiteSources:
     """Sources of one kind at one output site, by position: each writes a multiple of a row.
 
     Attributes:
-        rows: ``(u, D)`` the vectors, as they stand at the output site; or what reads them.
+        rows: ``(u, D)`` the vectors, as they stand at the output site; or what reads them. Those
+            of features may be in a narrower dtype than edges.
         row: ``(m,)`` which of them each source writes; None: row ``p`` is the source at ``p``.
         factor: ``(m,)`` and how many times; None: once.
         column: ``(m,)`` the column of its node.
@@ -102,7 +103,7 @@ class SiteSources:
         for position in range(g_BTD.shape[1]):
             start, stop = self.starts[position], self.starts[position + 1]
             if stop > start:
-                here = rows[self.row[start:stop]]
+                here = rows[self.row[start:stop]].to(g_BTD.dtype)
                 torch.mm(g_BTD[:, position], here.T, out=edges[:, start:stop])
         return self.column[:last], edges.mul_(self.factor[:last])
 

@@ -21,6 +21,7 @@ class OperatorEngine(FrozenEngine):
         sites: Its sites.
         run: What ``collect`` kept.
         transcoders: The set.
+        maps: See ``freeze``.
 
     Raises:
         SiteError: A part of the model cannot be written down.
@@ -32,9 +33,11 @@ class OperatorEngine(FrozenEngine):
         sites: Sites,
         run: Run,
         transcoders: TranscoderSet,
+        *,
+        maps: bool = True,
     ) -> None:
         norms = freeze_norms(module, sites, run)
         sides = mlp_sides(sites, run, norms, transcoders)
-        frozen = freeze(module, sites, run, norms, sides)
+        frozen = freeze(module, sites, run, norms, sides, maps=maps)
         final = frozen.final_norm.forward(run.final.to(attribution_dtype(run.final.dtype)))
         super().__init__(frozen, input_values(run, sides), final, run.position_embedding)

@@ -48,7 +48,7 @@ class FoldedLayer:
             self._out = norm.fold_out(self._out.T).T
         self._skip = self._skip_scale = None
         if layer.skip is not None:
-            skip, scale = layer.skip, self._before.new_ones(len(self._before), 1)
+            skip, scale = layer.skip.to(dtype), self._before.new_ones(len(self._before), 1)
             if layer.write is not None:
                 skip, scale = layer.write.fold_out(skip.T).T, scale * layer.write.scale
             if layer.read is not None:
@@ -178,9 +178,3 @@ class FoldedLayer:
         if self._skip is None or self._skip_scale is None:
             return None
         return (g_BTD * self._skip_scale[: g_BTD.shape[1]]) @ self._skip
-
-    def skipped_at(self, g_D: Tensor, position: int) -> Tensor:
-        """``skipped`` of one cotangent at one position; zero without a skip path."""
-        if self._skip is None or self._skip_scale is None:
-            return torch.zeros_like(g_D)
-        return (g_D * self._skip_scale[position]) @ self._skip

@@ -131,6 +131,8 @@ def freeze(
     run: Run,
     norms: Mapping[str, FrozenNorm],
     sides: Sequence[MlpSide],
+    *,
+    maps: bool = True,
 ) -> FrozenModel:
     """The frozen linear model of a run.
 
@@ -140,6 +142,8 @@ def freeze(
         run: What ``collect`` kept.
         norms: From ``freeze_norms``.
         sides: From ``mlp_sides``.
+        maps: Whether attention has its value and output maps; else they are shapes without
+            content (on the meta device), and what needs them is asked of a server.
 
     Raises:
         SiteError: A part does not reproduce the run.
@@ -150,7 +154,11 @@ def freeze(
         norm = norms[layer.attention_norm] if layer.attention_norm else None
         layers.append(
             FrozenLayer(
-                attention=_attention(weights, sites, layer, number, run, norm),
+                attention=(
+                    frozen_attention(weights, sites, number, run, norm)
+                    if maps
+                    else _without_maps(sites, number, run)
+                ),
                 attention_norm=norm,
                 attention_post_norm=(
                     norms[layer.attention_post_norm] if layer.attention_post_norm else None
@@ -176,14 +184,15 @@ def freeze_norm(module: nn.Module | ModelWeights, path: str, x: Tensor) -> Froze
     return FrozenNorm(spec.gain, spec.bias, scale, spec.centred)
 
 
-def _attention(
-    weights: ModelWeights,
-    sites: Sites,
-    layer: LayerSites,
-    number: int,
-    run: Run,
-    norm: FrozenNorm | None,
+def frozen_attention(
+    weights: ModelWeights, sites: Sites, number: int, run: Run, norm: FrozenNorm | None
 ) -> FrozenAttention:
+    """A layer's attention at the pattern of a run, behind its norm.
+
+    Raises:
+        SiteError: It is not pattern x values x output.
+    """
+    layer = sites.layers[number]
     dtype, limit = attribution_dtype(run.final.dtype), TOLERANCE[run.final.dtype]
     if layer.value is None:
         raise no_values(layer)
@@ -200,6 +209,15 @@ def _attention(
     if not difference <= limit:
         raise not_explained(layer, difference)
     return attention
+
+
+def _without_maps(sites: Sites, number: int, run: Run) -> FrozenAttention:
+    if sites.layers[number].value is None:
+        raise no_values(sites.layers[number])
+    width = sites.head_dim
+    value = torch.empty(sites.n_value_heads * width, sites.d_model, device="meta")
+    out = torch.empty(sites.d_model, sites.n_heads * width, device="meta")
+    return FrozenAttention(run.pattern[number], value, None, out, None)
 
 
 def no_values(layer: LayerSites) -> SiteError:

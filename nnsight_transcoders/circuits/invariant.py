@@ -20,13 +20,14 @@ from torch import Tensor
 from nnsight_transcoders.attachment.replacement import check_transcodes
 from nnsight_transcoders.errors import InputError, SiteError
 from nnsight_transcoders.models import hf_module
-from nnsight_transcoders.norms import probed_spec
+from nnsight_transcoders.norms import NormSpec, norm_spec, probed_spec
 from nnsight_transcoders.remote.server import Remote, remote_server
 from nnsight_transcoders.sets import TranscoderSet
 from nnsight_transcoders.sites import Sites, resolve_sites
 
 from .collect import Run, collect
 from .freeze import MlpSide, attribution_dtype, freeze, freeze_norms
+from .invariant_job import PRODUCT_ELEMENTS, TokenLists, joined_lists, token_lists
 from .linear import FrozenNorm
 from .model_weights import linear_weight
 from .ov import OVCircuit, head_circuit
@@ -59,6 +60,14 @@ class InvariantModel:
             gain = spec.gain.to(self.device, self.dtype)
             self._norms[path] = FrozenNorm(gain, None, gain.new_ones(1, 1), spec.centred)
         return self._norms[path]
+
+    def norm_spec(self, path: str, x: Tensor) -> NormSpec:
+        """What a norm computes, checked on values ``(T, D)`` that it reads."""
+        return norm_spec(self.module.get_submodule(path), path, x)
+
+    def run(self, token_ids: Tensor) -> Run:
+        """A run of the model on a prompt ``(T,)``."""
+        return collect(self._model, self.sites, token_ids)
 
     def read_norm(self, transcoders: TranscoderSet, layer: int) -> FrozenNorm | None:
         """The norm between the stream and a layer's input site.
@@ -172,7 +181,7 @@ class InvariantModel:
     def _probe(self) -> tuple[Run, dict[str, FrozenNorm]]:
         """A run of a few tokens, on which the reading of the weights is checked."""
         ids = torch.linspace(0, self.sites.vocab_size - 1, 4).long()
-        run = collect(self._model, self.sites, ids)
+        run = self.run(ids)
         return run, freeze_norms(self.module, self.sites, run)
 
     # -- the vocabulary --------------------------------------------------------------------------
@@ -187,6 +196,27 @@ class InvariantModel:
         module = self.module.get_submodule(self.sites.unembed)
         weight = linear_weight(module, self.sites.d_model, self.dtype)[0]
         return self.cast(vectors) @ self.cast(weight).T
+
+    def token_lists(self, written: Tensor, read: Tensor, top: int) -> TokenLists:
+        """The tokens that vectors raise, lower and read most.
+
+        Args:
+            written: ``(n, D)`` vectors in the stream, such as ``write_vectors``: their direct
+                effect on the logits, less its mean, makes ``top_logits`` and ``bottom_logits``.
+            read: ``(n, D)`` vectors that read the stream: their products with the tokens'
+                embeddings make ``de_embedding``.
+            top: How many tokens, k.
+
+        Returns:
+            For each of these names, values and token ids ``(n, k)``, on the CPU.
+        """
+        final = self.norm(self.sites.final_norm).fold_out(self.cast(written))
+        read = self.cast(read)
+        parts = []
+        for at in torch.arange(len(final)).split(max(1, PRODUCT_ELEMENTS // self.sites.vocab_size)):
+            found = token_lists(self.on_logits(final[at]), self.on_tokens(read[at]), top)
+            parts.append({name: (v.cpu(), i.cpu()) for name, (v, i) in found.items()})
+        return joined_lists(parts)
 
 
 def invariant_model(

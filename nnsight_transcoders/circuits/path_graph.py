@@ -23,7 +23,8 @@ from torch import Tensor
 from nnsight_transcoders._version import __version__
 from nnsight_transcoders.errors import InputError
 
-from .contributions import CircuitRun, Contribution, FeatureVector
+from .contributions import CircuitRun
+from .feature_vectors import Contribution, FeatureVector
 from .graph import ERROR, FEATURE, LOGIT, TOKEN, AttributionGraph
 from .paths import Key, Path, key_of
 
@@ -48,6 +49,9 @@ def path_graph(
         A graph with the nodes that the paths touch. A feature that a path only reached is a node
         without incoming edges, all of whose input is ``omitted`` or ``bias``.
 
+    Of a remote model, this asks for all attention maps (``CircuitRun.with_maps``), unless the
+    client can read them: what closes a node are the constants that every head moves.
+
     Raises:
         InputError: No paths, or a path of another target or run.
     """
@@ -56,6 +60,7 @@ def path_graph(
     for path in paths:
         if path.root != target.name:
             raise InputError(f"a path leads to {path.root!r}, but the target is {target.name!r}")
+    circuit = circuit.with_maps()
     constants = _Constants.of(circuit)
     rows = {
         node: _row(circuit, constants, target if node is None else _vector(circuit, node), followed)
@@ -128,7 +133,7 @@ class _Constants:
                 read = layer.read.forward(read)
             out = torch.zeros_like(stream) if bias is None else bias.expand_as(stream)
             if layer.skip is not None:
-                out = out + read @ layer.skip.T
+                out = out + read @ layer.skip.T.to(read.dtype)
             stream = after[-1] + (out if layer.write is None else layer.write.forward(out))
             before.append(stream)
         return cls(before, after)

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 
 from nnsight_transcoders.errors import InputError
 
-from .contributions import EXTENDABLE, CircuitRun, Contribution, FeatureVector
+from .contributions import CircuitRun
+from .feature_vectors import EXTENDABLE, Contribution, FeatureVector
 
 
 @dataclass(frozen=True)
@@ -186,6 +187,7 @@ def top_paths(
     frontier: list[tuple[tuple[Contribution, ...], FeatureVector]] = [((), target)]
     for _ in range(depth):
         found = []
+        circuit.prepare([vector for _, vector in frontier])
         for steps, vector in frontier:
             usable = [c for c in circuit.contributions(vector) if where is None or where(c)]
             usable.sort(key=lambda c: -abs(c.value))
@@ -193,11 +195,9 @@ def top_paths(
         found.sort(key=lambda one: -abs(one[0][-1].value))
         found = found[:beam]
         kept += [Path(target.name, steps) for steps, _ in found]
-        frontier = [
-            (steps, circuit.extend(vector, steps[-1]))
-            for steps, vector in found
-            if steps[-1].kind in EXTENDABLE
-        ]
+        ends = [(steps, vector) for steps, vector in found if steps[-1].kind in EXTENDABLE]
+        vectors = circuit.extend_all([(vector, steps[-1]) for steps, vector in ends])
+        frontier = [(steps, vector) for (steps, _), vector in zip(ends, vectors, strict=True)]
     return sorted(kept, key=lambda path: -abs(path.value))
 
 

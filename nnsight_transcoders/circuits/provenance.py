@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from nnsight_transcoders._version import __version__
-from nnsight_transcoders.builtin import builtin_model_path
+from nnsight_transcoders.models import hub_name
 from nnsight_transcoders.sets import TranscoderSet
 from nnsight_transcoders.sites import Sites
 
@@ -18,12 +18,11 @@ def provenance(
     module: nn.Module, sites: Sites, transcoders: TranscoderSet, model_dtype: torch.dtype
 ) -> dict[str, Any]:
     """The model, the set and the versions, for a graph's metadata."""
-    path = str(getattr(getattr(module, "config", None), "_name_or_path", ""))
     return {
         "n_layers": sites.n_layers,
         "d_model": sites.d_model,
         "vocab_size": sites.vocab_size,
-        "model": "builtin" if path == builtin_model_path() else path or type(module).__name__,
+        "model": hub_name(module) or type(module).__name__,
         "architecture": type(module).__name__,
         "model_dtype": dtype_name(model_dtype),
         "transcoders": transcoders.provenance,

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from nnsight_transcoders.errors import InputError
 
 from .contributions import CircuitRun
-from .scores import Affine, AttentionScores
+from .remote_scores import attention_scores
+from .scores import Affine
 from .stream import Component, stream_components
 
 
@@ -84,16 +85,10 @@ def qk_attribution(
         destination: The position that looks, not before the source.
 
     Raises:
-        InputError: A layer, head or position that there is not; a run of a remote model, whose
-            queries and keys are not here.
+        InputError: A layer, head or position that there is not.
         SiteError: This attention's scores are not scaled queries x keys made from its input by
             projections, norms and a rotary embedding, plus a constant (ALiBi).
     """
-    if circuit.remote:
-        raise InputError(
-            "the scores of a remote model's attention cannot be taken apart: its query and key "
-            "maps are not here. Heads' outputs can: circuit.contributions(target)"
-        )
     sites, length = circuit.sites, circuit.run.n_positions
     for name, value, size in (("layer", layer, sites.n_layers), ("head", head, sites.n_heads)):
         if not 0 <= value < size:
@@ -104,9 +99,10 @@ def qk_attribution(
     source, destination = source % length, destination % length
     if source > destination:
         raise InputError(f"position {destination} does not look ahead to position {source}")
-    attention = AttentionScores(circuit, layer)
-    q_side, q_nE = _side(circuit, layer, destination, attention.query(head, destination))
-    k_side, k_mE = _side(circuit, layer, source, attention.key(head, source))
+    attention = attention_scores(circuit, layer)
+    query, key = attention.query_and_key(head, source, destination)
+    q_side, q_nE = _side(circuit, layer, destination, query)
+    k_side, k_mE = _side(circuit, layer, source, key)
     found = QKAttribution(
         layer=layer,
         head=head,

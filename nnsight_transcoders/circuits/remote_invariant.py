@@ -11,17 +11,28 @@ from torch import Tensor
 
 from nnsight_transcoders.errors import SiteError
 from nnsight_transcoders.models import hf_module
-from nnsight_transcoders.norms import TOLERANCE
+from nnsight_transcoders.norms import TOLERANCE, NormSpec
 from nnsight_transcoders.remote.calls import call
 from nnsight_transcoders.remote.server import RemoteServer
 from nnsight_transcoders.remote.weights import epsilons, norm_requests
 from nnsight_transcoders.sites import Sites, resolve_sites
 
-from .collect import eager_attention
+from .collect import Run, eager_attention
 from .freeze import attribution_dtype, no_values, not_explained
 from .invariant import Head, InvariantModel
-from .invariant_job import called_norms, logit_products, through_heads, token_products
+from .invariant_job import (
+    TokenLists,
+    called_norms,
+    head_maps,
+    joined_lists,
+    listed_tokens,
+    logit_products,
+    through_heads,
+    token_products,
+)
 from .linear import FrozenNorm
+from .ov import OVCircuit
+from .remote_run import collect_remote
 
 
 class RemoteInvariantModel(InvariantModel):
@@ -65,9 +76,7 @@ class RemoteInvariantModel(InvariantModel):
 
     def on_tokens(self, vectors: Tensor) -> Tensor:
         """See ``InvariantModel.on_tokens``."""
-        embed: Any = self.module.get_submodule(self.sites.embed)
-        scale = float(getattr(embed, "scalar_embed_scale", 1.0))
-        n_tokens = self.sites.vocab_size
+        n_tokens, scale = self.sites.vocab_size, self._embed_scale
         return self._call(token_products, self.sites.embed, self.cast(vectors), n_tokens, scale)
 
     def on_logits(self, vectors: Tensor) -> Tensor:
@@ -75,13 +84,60 @@ class RemoteInvariantModel(InvariantModel):
         paths = (self.sites.embed, self.sites.unembed)
         return self._call(logit_products, *paths, self.cast(vectors))
 
+    def token_lists(self, written: Tensor, read: Tensor, top: int) -> TokenLists:
+        """See ``InvariantModel.token_lists``; only the lists come back."""
+        final = self.norm(self.sites.final_norm).fold_out(self.cast(written))
+        read, paths = self.cast(read), (self.sites.embed, self.sites.unembed)
+        per_request = max(1, self._server.max_bytes // (3 * final[:1].nbytes))
+        return joined_lists(
+            [
+                self._call(
+                    listed_tokens,
+                    paths,
+                    final[at],
+                    read[at],
+                    self.sites.vocab_size,
+                    self._embed_scale,
+                    top,
+                )
+                for at in torch.arange(len(final)).split(per_request)
+            ]
+        )
+
+    @property
+    def _embed_scale(self) -> float:
+        """What the embedding module multiplies its weights by (Gemma)."""
+        embed: Any = self.module.get_submodule(self.sites.embed)
+        return float(getattr(embed, "scalar_embed_scale", 1.0))
+
     @cached_property
     def _norms_there(self) -> dict[str, Any]:
         norms = norm_requests(self.module, self.sites)
         found = self._call(called_norms, self.sites.embed, norms)
         return {norm["path"]: one for norm, one in zip(norms, found, strict=True)}
 
+    def ov(self, head: Head) -> OVCircuit:
+        """See ``InvariantModel.ov``: of one head, its ``2 E D`` numbers come back."""
+        value, out = self._in_eager_attention(head, head_maps)
+        return OVCircuit(head[0], self.cast(value), self.cast(out))
+
+    def norm_spec(self, path: str, x: Tensor) -> NormSpec:
+        """See ``InvariantModel.norm_spec``."""
+        del x
+        self.norm(path)  # checks it
+        found = self._norms_there[path]
+        return NormSpec(found["gain"], found["bias"], found["eps"], found["centred"])
+
+    def run(self, token_ids: Tensor) -> Run:
+        """See ``InvariantModel.run``: one request."""
+        return collect_remote(self._model, self.module, self.sites, token_ids, self._server)[0]
+
     def _through(self, head: Head, vectors: Tensor, transposed: bool) -> Tensor:
+        return self._in_eager_attention(head, through_heads, self.cast(vectors), transposed)[0]
+
+    def _in_eager_attention(self, head: Head, function: Any, *args: Any) -> list[Any]:
+        """Run a function of some heads there; what it gives but for the difference, which must be
+        small."""
         self.check_head(head)
         number, index = head
         sites, layer = self.sites, self.sites.layers[number]
@@ -99,10 +155,10 @@ class RemoteInvariantModel(InvariantModel):
             "dtype": str(self.dtype).removeprefix("torch."),
         }
         with eager_attention(self.module):
-            moved, difference = self._call(through_heads, spec, self.cast(vectors), transposed)
+            *found, difference = self._call(function, spec, *args)
         if not difference <= TOLERANCE[self._model_dtype]:
             raise not_explained(layer, difference)
-        return moved
+        return found
 
     def _probe_of(self, path: str | None) -> dict[str, Any] | None:
         if path is None:

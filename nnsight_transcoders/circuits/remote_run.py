@@ -1,15 +1,16 @@
 """A run of a remote model, frozen here: for taking targets apart (``contributions.py``).
 
 The run's values, its attention patterns among them, come back in one request. What each head does
-with them takes its value and output maps: read from the model's checkpoint, where that is at hand,
-else asked for from the server, once for all layers (``2 D^2`` numbers a layer, fewer under
-grouped-query attention). The transcoders stay here.
+with them takes its value and output maps: read from the model's checkpoint, where that is at hand;
+else they stay on the server, which is asked for each target's contributions (``remote_heads.py``).
+Few things need the maps themselves; for them they are asked for, once for all layers (``2 D^2``
+numbers a layer, fewer under grouped-query attention). The transcoders stay here.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from nnsight_transcoders.sites import Sites
 from .attention_weights import Linear
 from .collect import Run, check_patterns, eager_attention, run_parts
 from .invariant_job import linear_maps, unembedding_rows
+from .scores_job import attention_call, rows_of_maps
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +50,7 @@ class ServerWeights(RemoteWeights):
         checkpoint: Where its projections can be read; None if they are not.
         server: Where the model is.
         ids: Token ids ``(1, T)`` to run it on.
+        on_client: Whether the projections can be read here, in the checkpoint or the module.
     """
 
     def __init__(
@@ -59,13 +62,21 @@ class ServerWeights(RemoteWeights):
         checkpoint: Checkpoint | None,
         server: RemoteServer,
         ids: Tensor,
+        *,
+        on_client: bool,
     ) -> None:
         super().__init__(module, norms, checkpoint)
+        self.on_client = on_client
         self._model, self._sites, self._server, self._ids = model, sites, server, ids
         self._received: dict[str, Linear] = {}
+        self._calls: dict[str, dict[str, Any]] = {}
+        self._rows: dict[tuple[str, tuple[int, ...]], Tensor] = {}
 
     def fetch_attention(self) -> None:
-        """Ask for every layer's value and output maps, in as few requests as ``max_bytes`` lets."""
+        """Ask for every layer's value and output maps, in as few requests as ``max_bytes`` lets;
+        for nothing where they are at hand."""
+        if self.on_client or self._received:
+            return
         for layer in self._sites.layers:
             if layer.value is None:
                 raise SiteError(
@@ -94,6 +105,66 @@ class ServerWeights(RemoteWeights):
             return super().linear(path, width, dtype)
         weight, bias = self._received[path]
         return weight.to(dtype), None if bias is None else bias.to(dtype)
+
+    def attention_call(
+        self, path: str, linears: Sequence[str], norms: Sequence[dict[str, Any]]
+    ) -> dict[str, Any]:
+        """What ``scores_job.attention_call`` tells of an attention in this run, asked for once."""
+        if path not in self._calls:
+            self._calls[path] = self.ask(attention_call, path, list(linears), list(norms))
+        return self._calls[path]
+
+    def ask(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Run a shipped function on the server's run of the prompt, attention in its eager form."""
+        with eager_attention(self._module):
+            return call(
+                self._model,
+                self._ids,
+                function,
+                *args,
+                remote=replace(self._server, dtype=None),
+                stop=True,
+                use_cache=False,
+            )
+
+    def rows(
+        self, wanted: Sequence[tuple[str, Sequence[int]]], width: int, dtype: torch.dtype
+    ) -> list[Tensor]:
+        """Rows ``(n, width)`` of some linear maps' weights; what is not at hand is asked for, once
+        and together.
+
+        Args:
+            wanted: Path and rows of each.
+            width: Of the input of all of them.
+            dtype: Of the result.
+        """
+        here = {path for path, _ in wanted if path in self._received or self.on_client}
+        keys = [(path, tuple(rows)) for path, rows in wanted]
+        missing = [key for key in keys if key[0] not in here and key not in self._rows]
+        if missing:
+            found = call(
+                self._model,
+                self._ids[:, :1],
+                rows_of_maps,
+                self._sites.embed,
+                [(path, list(rows)) for path, rows in missing],
+                width,
+                self._server.dtype,
+                remote=replace(self._server, dtype=None),
+                stop=True,
+            )
+            self._rows.update(zip(missing, found, strict=True))
+        return [
+            self.linear(path, width, dtype)[0][list(rows)]
+            if path in here
+            else self._rows[path, rows].to(dtype)
+            for path, rows in keys
+        ]
+
+    def has_bias(self, *paths: str | None) -> bool:
+        """Whether any of some linear maps has a bias, by the module tree."""
+        modules = [self._module.get_submodule(path) for path in paths if path]
+        return any(getattr(module, "bias", None) is not None for module in modules)
 
     def logit_directions(self, tokens: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Demeaned rows of the unembedding ``(n, D)`` and their biases, made on the server."""
@@ -179,7 +250,6 @@ def collect_remote(
     checkpoint, where = None, None
     if weights != "server":
         checkpoint, where = projections(model, module, weights)
-    there = ServerWeights(model, module, sites, found, checkpoint, server, ids)
-    if where is None:
-        there.fetch_attention()
+    on_client = where is not None
+    there = ServerWeights(model, module, sites, found, checkpoint, server, ids, on_client=on_client)
     return run, there

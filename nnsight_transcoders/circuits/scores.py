@@ -30,6 +30,8 @@ from .collect import eager_attention
 from .contributions import CircuitRun
 from .products import OwnScores, Reached
 
+#: What a module is called with: its positional and its keyword arguments.
+Call = tuple[tuple[Any, ...], dict[str, Any]]
 #: Under this name transformers knows the attention function that stops and hands out its arguments.
 _NAME = "nnsight_transcoders_scores"
 
@@ -52,6 +54,8 @@ class Affine:
 class AttentionScores:
     """One layer's queries, keys and scores at the denominators of a run.
 
+    What is differentiated are the *leaves*: here the module's input alone.
+
     Args:
         circuit: The run.
         layer: Which layer.
@@ -62,24 +66,19 @@ class AttentionScores:
     """
 
     def __init__(self, circuit: CircuitRun, layer: int) -> None:
-        self._path = circuit.sites.layers[layer].attention
-        self._module = hf_module(circuit.model).get_submodule(self._path)
+        self._layer, self._path = layer, circuit.sites.layers[layer].attention
         self._dtype, self._limit = circuit.dtype, TOLERANCE[circuit.run.final.dtype]
-        args, options = _arguments(circuit, self._path)
-        self._args, self._options = args, options
-        self._parameters = {
-            name: parameter.detach().to(self._dtype) if parameter.is_floating_point() else parameter
-            for name, parameter in self._module.state_dict(keep_vars=True).items()
-        }
         self._norms: dict[nn.Module, list[tuple[NormSpec, Tensor]]] = defaultdict(list)
         resid = circuit.run.resid[layer].to(self._dtype)
         norm = circuit.frozen.layers[layer].attention_norm
         self.x = resid if norm is None else norm.forward(resid)
-        given = args[0] if args else options["hidden_states"]
-        if relative_difference(self.x, given[0].to(self._dtype)) > self._limit:
+        self._module, self._parameters, call = self._parts(circuit)
+        self._args, self._options = (cast_floats(one, self._dtype) for one in call)
+        given = self._args[0] if self._args else self._options["hidden_states"]
+        if relative_difference(self.x, given[0]) > self._limit:
             raise SiteError(f"{self._path} does not read what the norm before it makes")
         self._record_norms()
-        self._at = self._queries_and_keys(self.x)
+        self._at = self._queries_and_keys(self._leaves())
         scaling = self._at.options.get("scaling")
         self.scaling: float = self._at.query.shape[-1] ** -0.5 if scaling is None else scaling
         self._check_pattern(circuit.run.pattern[layer].to(self._dtype))
@@ -97,24 +96,20 @@ class AttentionScores:
         offset = self._at.offset
         return None if offset is None else float(offset[0, head, destination, source])
 
-    def query(self, head: int, position: int) -> Affine:
-        """A head's query at a position as a function of what attention reads there."""
-        return self._affine("query", head, position)
-
-    def key(self, head: int, position: int) -> Affine:
-        """The key that a (query) head meets at a position."""
+    def query_and_key(self, head: int, source: int, destination: int) -> tuple[Affine, Affine]:
+        """A head's query at one position, and the key that it meets at another, as functions of
+        what attention reads there."""
         group = self._at.query.shape[1] // self._at.key.shape[1]
-        return self._affine("key", head // group, position)
+        ends = [("query", head, destination), ("key", head // group, source)]
+        matrices = self._matrices([self._slopes(*end) for end in ends])
+        query, key = (
+            self._affine(matrix, *end) for matrix, end in zip(matrices, ends, strict=True)
+        )
+        return query, key
 
-    def _affine(self, side: str, head: int, position: int) -> Affine:
-        with torch.enable_grad():
-            x = self.x.clone().requires_grad_()
-            found = getattr(self._queries_and_keys(x), side)[0, head, position]
-            rows = [
-                torch.autograd.grad(value, x, retain_graph=True)[0][position] for value in found
-            ]
-        zero = getattr(self._queries_and_keys(torch.zeros_like(self.x)), side)[0, head, position]
-        affine = Affine(torch.stack(rows), zero.detach())
+    def _affine(self, matrix: Tensor, side: str, head: int, position: int) -> Affine:
+        zero = getattr(self._queries_and_keys(self._leaves(zero=True)), side)[0, head, position]
+        affine = Affine(matrix, zero.detach())
         expected = getattr(self._at, side)[0, head, position]
         again = affine.matrix @ self.x[position] + affine.bias
         if relative_difference(again, expected) > self._limit:
@@ -124,10 +119,56 @@ class AttentionScores:
             )
         return affine
 
-    def _queries_and_keys(self, x: Tensor, hook: Any = None) -> Reached:
+    def _slopes(self, side: str, head: int, position: int) -> dict[str, Tensor]:
+        """The slopes ``(E, width)`` of a query or key by what the leaves hold at its position."""
+        with torch.enable_grad():
+            leaves = {name: leaf.clone().requires_grad_() for name, leaf in self._leaves().items()}
+            found = getattr(self._queries_and_keys(leaves), side)[0, head, position]
+            rows = [
+                torch.autograd.grad(value, [*leaves.values()], retain_graph=True, allow_unused=True)
+                for value in found
+            ]
+        return {
+            name: torch.stack(
+                [torch.zeros_like(leaf[0]) if one is None else one[position] for one in column]
+            )
+            for (name, leaf), column in zip(leaves.items(), zip(*rows, strict=True), strict=True)
+        }
+
+    # -- what is different for a module without weights (``remote_scores.py``) ---------------------
+
+    def _parts(self, circuit: CircuitRun) -> tuple[nn.Module, dict[str, Any], Call]:
+        """The module, its parameters, and what it is called with."""
+        module = hf_module(circuit.model).get_submodule(self._path)
+        parameters = {
+            name: parameter.detach().to(self._dtype) if parameter.is_floating_point() else parameter
+            for name, parameter in module.state_dict(keep_vars=True).items()
+        }
+        return module, parameters, _arguments(circuit, self._path)
+
+    def _leaves(self, *, zero: bool = False) -> dict[str, Tensor]:
+        """What queries and keys are functions of; or what it is where the module reads zeros."""
+        return {"x": torch.zeros_like(self.x) if zero else self.x}
+
+    def _feed(self, leaves: dict[str, Tensor]) -> Tensor:
+        """Make the module use these leaves: what it is to be called with ``(T, D)``."""
+        return leaves["x"]
+
+    def _matrices(self, slopes: list[dict[str, Tensor]]) -> list[Tensor]:
+        """Slopes ``(E, D)`` by the module's input, from those by the leaves."""
+        return [side["x"] for side in slopes]
+
+    def _norm_of(self, norm: nn.Module, x: Tensor) -> NormSpec:
+        """What a norm of the module computes."""
+        stored = next(iter(norm.parameters()), x).dtype
+        return norm_spec(norm, f"a norm in {self._path}", x.flatten(0, -2).to(stored))
+
+    # -- running the module ------------------------------------------------------------------------
+
+    def _queries_and_keys(self, leaves: dict[str, Tensor], hook: Any = None) -> Reached:
         """Call the module up to its attention function; its norms get a hook, by default the one
         that holds them at the run's denominators."""
-        args, options = self._args, {**self._options}
+        x, args, options = self._feed(leaves), self._args, {**self._options}
         if args:
             args = (x[None], *args[1:])
         else:
@@ -169,10 +210,9 @@ class AttentionScores:
             del out
             seen.append((norm, args[0].detach()))
 
-        self._queries_and_keys(self.x, hook)
+        self._queries_and_keys(self._leaves(), hook)
         for norm, x in seen:
-            stored = next(iter(norm.parameters()), x).dtype
-            spec = norm_spec(norm, f"a norm in {self._path}", x.flatten(0, -2).to(stored))
+            spec = self._norm_of(norm, x)
             self._norms[norm].append((spec, spec.scale(x)))
 
     def _frozen(self) -> Any:
@@ -221,8 +261,8 @@ def _stopping(module: nn.Module) -> Iterator[None]:
         config._attn_implementation = before
 
 
-def _arguments(circuit: CircuitRun, path: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What the attention module is called with in the run, floats in the run's dtype."""
+def _arguments(circuit: CircuitRun, path: str) -> Call:
+    """What the attention module is called with in the run."""
     module, found = hf_module(circuit.model), []
 
     def hook(attention: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
@@ -236,12 +276,14 @@ def _arguments(circuit: CircuitRun, path: str) -> tuple[tuple[Any, ...], dict[st
             module(ids, use_cache=False)
     finally:
         handle.remove()
+    return found[0]
 
-    def cast(value: Any) -> Any:
-        if isinstance(value, tuple | list):
-            return type(value)(cast(one) for one in value)
-        floating = isinstance(value, Tensor) and value.is_floating_point()
-        return value.to(circuit.dtype) if floating else value
 
-    args, options = found[0]
-    return cast(args), {name: cast(value) for name, value in options.items()}
+def cast_floats(value: Any, dtype: torch.dtype) -> Any:
+    """Plain data with its tensors of floats in a dtype."""
+    if isinstance(value, tuple | list):
+        return type(value)(cast_floats(one, dtype) for one in value)
+    if isinstance(value, dict):
+        return {name: cast_floats(one, dtype) for name, one in value.items()}
+    floating = isinstance(value, Tensor) and value.is_floating_point()
+    return value.to(dtype) if floating else value

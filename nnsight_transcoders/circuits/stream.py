@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .contributions import CircuitRun, Kind
+from .contributions import CircuitRun
+from .feature_vectors import Kind
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,15 @@ One module per subject; each registers its commands on ``app``.
 
 from __future__ import annotations
 
-from . import graphs, interop, measures, sets, training, views  # noqa: F401  (registers their commands)
+from . import (  # noqa: F401  (registers their commands)
+    graphs,
+    interop,
+    measures,
+    paths,
+    sets,
+    training,
+    views,
+)
 from .app import app
 
 __all__ = ["app"]

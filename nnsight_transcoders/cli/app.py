@@ -45,6 +45,9 @@ Options = Annotated[
 ]
 Dtype = Annotated[str, typer.Option(help="The model's dtype, such as float32 or bfloat16.")]
 Device = Annotated[str, typer.Option(help="Where the model runs, such as cpu or cuda.")]
+RemoteHost = Annotated[
+    str, typer.Option("--remote", help="NDIF server, or 'ndif' for nnsight's own setting.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
@@ -114,6 +117,16 @@ def load_remote_model(name: str) -> Any:
         return TransformersModel(path, task="text-generation", tokenizer=tokenizer)
     except (OSError, ValueError) as error:  # what transformers raises for a name or a folder
         raise InputError(f"cannot load the model {name!r}: {error}") from error
+
+
+def open_model(name: str, dtype: str, device: str, remote: str | bool) -> Any:
+    """A model that is here, or, with ``--remote``, one that a server holds."""
+    return load_remote_model(name) if remote else load_model(name, dtype, device)
+
+
+def remote_of(host: str) -> str | bool:
+    """``--remote`` as the library's ``remote=``."""
+    return True if host == "ndif" else host or False
 
 
 def _check_device(name: str) -> None:

@@ -16,15 +16,16 @@ from .app import (
     Json,
     Model,
     Options,
+    RemoteHost,
     Revision,
     Transcoders,
     app,
     check_text,
     errors_as_messages,
-    load_model,
-    load_remote_model,
     load_set,
+    open_model,
     parse_layers,
+    remote_of,
     writable,
 )
 from .output import graph_info, print_json, print_text
@@ -50,7 +51,7 @@ def trace(
     option: Options = None,
     dtype: Dtype = "float32",
     device: Device = "cpu",
-    remote: Annotated[str, typer.Option(help="NDIF server, or 'ndif' for nnsight's own.")] = "",
+    remote: RemoteHost = "",
     keep: Annotated[Path | None, typer.Option(help="Folder to resume a remote graph.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -65,7 +66,7 @@ def trace(
         chosen = load_set(transcoders, model, option, revision=revision, format=format_name)
         if layers:
             chosen = chosen.subset(parse_layers(layers))
-        loaded = load_remote_model(model) if remote else load_model(model, dtype, device)
+        loaded = open_model(model, dtype, device, remote)
         graph = attribute(
             loaded,
             chosen,
@@ -75,14 +76,13 @@ def trace(
             max_n_logits=max_n_logits,
             desired_logit_prob=desired_logit_prob,
             verbose=not as_json,
-            remote=True if remote == "ndif" else remote or None,
+            remote=remote_of(remote),
             keep=keep,
         )
         pruned = graph.prune(node_threshold, edge_threshold)
         graph_file = graph.save(out_folder / "graph.safetensors")
         page = out_folder / "circuit.html"
-        # What a feature's page shows beside its edges needs the model's embeddings.
-        details = None if remote else feature_details(loaded, chosen, pruned)
+        details = feature_details(loaded, chosen, pruned, remote=remote_of(remote))
         pruned.to_html(page, feature_details=details)
     if as_json:
         files = {"graph_file": str(graph_file), "page": str(page)}

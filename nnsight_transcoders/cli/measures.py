@@ -14,13 +14,15 @@ from .app import (
     Json,
     Model,
     Options,
+    RemoteHost,
     Revision,
     Transcoders,
     app,
     errors_as_messages,
-    load_model,
     load_set,
+    open_model,
     parse_layers,
+    remote_of,
     writable,
 )
 from .output import print_json, print_text
@@ -40,6 +42,7 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(help="Pieces that run at once.")] = 8,
     max_tokens: Annotated[int, typer.Option(help="Tokens of the data that are used.")] = 65_536,
     report: Annotated[Path | None, typer.Option("--out", help="JSON file for the report.")] = None,
+    remote: RemoteHost = "",
     revision: Revision = None,
     format_name: FormatName = None,
     option: Options = None,
@@ -64,7 +67,7 @@ def evaluate(
             chosen = chosen.subset(parse_layers(layers))
             other = None if other is None else other.subset(parse_layers(layers))
         found = run(
-            load_model(model, dtype, device),
+            open_model(model, dtype, device, remote),
             chosen,
             data,
             baseline=other,
@@ -72,6 +75,7 @@ def evaluate(
             context=context,
             batch_size=batch_size,
             max_tokens=max_tokens,
+            remote=remote_of(remote),
             verbose=not as_json,
         )
         if report is not None:

@@ -16,14 +16,16 @@ from .app import (
     Json,
     Model,
     Options,
+    RemoteHost,
     Revision,
     Transcoders,
     app,
     errors_as_messages,
     load_model,
-    load_remote_model,
     load_set,
+    open_model,
     read_lines,
+    remote_of,
 )
 from .output import graph_info, out, print_json, print_layers, print_text
 
@@ -63,7 +65,7 @@ def verify(
     model: Model = "builtin",
     transcoders: Transcoders = "",
     text: Annotated[Path | None, typer.Option(help="Text file, one text per line.")] = None,
-    remote: Annotated[str, typer.Option(help="NDIF server, or 'ndif' for nnsight's own.")] = "",
+    remote: RemoteHost = "",
     revision: Revision = None,
     format_name: FormatName = None,
     option: Options = None,
@@ -77,8 +79,8 @@ def verify(
 
         lines = None if text is None else read_lines(text)
         chosen = load_set(transcoders, model, option, revision=revision, format=format_name)
-        loaded = load_remote_model(model) if remote else load_model(model, dtype, device)
-        where = True if remote == "ndif" else remote or None
+        loaded = open_model(model, dtype, device, remote)
+        where = remote_of(remote)
         report = run(loaded, chosen, lines, remote=where, verbose=not as_json)
     if as_json:
         print_json(report.to_dict())

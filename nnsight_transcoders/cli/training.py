@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .app import Json, app, errors_as_messages, load_model, load_set, writable
+from .app import Json, app, errors_as_messages, load_set, open_model, remote_of, writable
 from .output import print_json, print_text
 
 
@@ -28,14 +28,15 @@ def train(
         out = Path(file.out)
         writable(out)
         start = None if file.start is None else load_set(file.start)
-        model = load_model(file.model, file.model_dtype, file.device)
+        remote = file.remote if isinstance(file.remote, bool) else remote_of(file.remote)
+        model = open_model(file.model, file.model_dtype, file.device, remote)
         trained = run(
             model,
             file.open_data(),
             file.config,
             out=out,
             start=start,
-            remote=file.remote,
+            remote=remote,
             verbose=not as_json,
         )
     if as_json:

@@ -15,13 +15,15 @@ from .app import (
     Json,
     Model,
     Options,
+    RemoteHost,
     Revision,
     Transcoders,
     app,
     errors_as_messages,
-    load_model,
     load_set,
+    open_model,
     parse_layers,
+    remote_of,
 )
 from .output import print_json, print_text
 
@@ -65,6 +67,7 @@ def features(
     context: Annotated[int | None, typer.Option(help="Tokens run together.")] = None,
     batch_size: Annotated[int, typer.Option(help="Contexts per run.")] = 16,
     max_tokens: Annotated[int | None, typer.Option(help="Stop after so many tokens.")] = None,
+    remote: RemoteHost = "",
     revision: Revision = None,
     format_name: FormatName = None,
     option: Options = None,
@@ -77,7 +80,7 @@ def features(
         from nnsight_transcoders.features.collection import collect_features
 
         bundle = collect_features(
-            load_model(model, dtype, device),
+            open_model(model, dtype, device, remote),
             load_set(transcoders, model, option, revision=revision, format=format_name),
             text,
             out,
@@ -85,6 +88,7 @@ def features(
             context=context,
             batch_size=batch_size,
             max_tokens=max_tokens,
+            remote=remote_of(remote),
             verbose=not as_json,
         )
     if as_json:

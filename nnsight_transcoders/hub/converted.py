@@ -14,16 +14,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from huggingface_hub import cached_assets_path, constants
 from torch import Tensor
 
 from nnsight_transcoders.errors import CheckpointError
+from nnsight_transcoders.hub.assets import LIBRARY, assets_folder
 from nnsight_transcoders.hub.hub_snapshot import HubSnapshot
 from nnsight_transcoders.hub.snapshot import Snapshot
 from nnsight_transcoders.hub.staging import write_tensors
 from nnsight_transcoders.hub.tensors import TensorInfo, read_header
 
-LIBRARY = "nnsight-transcoders"
 #: Part of every copy's place: changes when a conversion does, so that old copies are not used.
 VERSION = 1
 
@@ -95,16 +94,7 @@ class ConvertedSnapshot(Snapshot):
             inside = str(original)
             place, state = ("folder", "files"), f"{stat.st_size}-{stat.st_mtime_ns}"
         digest = hashlib.sha256(f"{self._kind}\0{VERSION}\0{inside}".encode()).hexdigest()[:24]
-        assets = Path(constants.HF_ASSETS_CACHE)
-        if self.cache_dir is not None:
-            assets = Path(self.cache_dir).expanduser() / "assets"
-        try:
-            folder = cached_assets_path(LIBRARY, *place, assets_dir=assets)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"{self.where} has to be converted once, and there is no place for it: {error}. "
-                "Pass a cache_dir= that can be written"
-            ) from error
+        folder = assets_folder(self.where, self.cache_dir, *place)
         return folder / f"{digest}@{state}.safetensors"
 
 

@@ -8,17 +8,21 @@ header of a file that is not here yet is read with a range request.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 from huggingface_hub.file_download import repo_folder_name
+from torch import Tensor
 
 from nnsight_transcoders._version import __version__
 from nnsight_transcoders.errors import CheckpointError, ConfigError
+from nnsight_transcoders.hub.assets import assets_folder
 from nnsight_transcoders.hub.hub_errors import hub_errors, is_unreachable
 from nnsight_transcoders.hub.remote_file import open_remote
+from nnsight_transcoders.hub.single_tensors import SingleTensors
 from nnsight_transcoders.hub.snapshot import SHOWN, LocalSnapshot, Snapshot
 from nnsight_transcoders.hub.tensors import TensorInfo, read_header
 
@@ -43,6 +47,7 @@ class HubSnapshot(Snapshot):
         self._api, self.repo_id, self.commit, self.subfolder = api, repo_id, commit, subfolder
         self._cache_dir, self._local_files_only = cache_dir, local_files_only
         self.cache_dir = cache_dir
+        self._single: dict[str, SingleTensors] = {}
         self.complete = complete
         self._prefix = f"{subfolder}/" if subfolder else ""
         self.where = f"{repo_id}{'/' + subfolder if subfolder else ''} at {commit[:8]}"
@@ -81,6 +86,18 @@ class HubSnapshot(Snapshot):
             self.repo_id, self._prefix + name, cache_dir=self._cache_dir, revision=self.commit
         )
         return isinstance(cached, str) or self._local_files_only or constants.is_offline_mode()
+
+    def tensor(self, name: str, key: str) -> Tensor:
+        self.require(name)
+        if self._is_here(name):
+            return super().tensor(name, key)
+        if name not in self._single:
+            folder = None
+            with suppress(CheckpointError):  # no place: nothing is kept
+                folder = assets_folder(self.where, self.cache_dir, self.repo_id, self.commit)
+            inside = self._prefix + name
+            self._single[name] = SingleTensors(self._api, self.repo_id, inside, self.commit, folder)
+        return self._single[name][key]
 
     def header(self, name: str) -> dict[str, TensorInfo]:
         self.require(name)

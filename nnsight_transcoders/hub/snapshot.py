@@ -14,8 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
+from torch import Tensor
+
 from nnsight_transcoders.errors import CheckpointError
-from nnsight_transcoders.hub.tensors import TensorInfo, read_header
+from nnsight_transcoders.hub.tensors import TensorInfo, open_tensors, read_header
 
 #: How many names a message lists before "and so many more".
 SHOWN = 12
@@ -55,6 +57,19 @@ class Snapshot(ABC):
     @abstractmethod
     def header(self, name: str) -> dict[str, TensorInfo]:
         """The tensors of a safetensors file; a file that is not here yet is not downloaded."""
+
+    def tensor(self, name: str, key: str) -> Tensor:
+        """One tensor of a safetensors file; of a file that is not here yet, nothing else is
+        downloaded.
+
+        Raises:
+            CheckpointError: No such file or tensor, or it cannot be read.
+        """
+        path = self.path(name)
+        with open_tensors(path) as handle:
+            if key not in set(handle.keys()):
+                raise CheckpointError(f"{path} has no tensor {key}")
+            return handle.get_tensor(key)
 
     def open(self, name: str) -> IO[bytes]:
         """A file as a seekable stream; one that is not here yet is downloaded as it is read."""

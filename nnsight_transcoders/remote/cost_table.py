@@ -15,7 +15,13 @@ ROWS: tuple[tuple[str, Kind, dict[str, Any]], ...] = (
     ("graph, first request: 32 tokens", "collect", {"n_positions": 32}),
     ("graph, first request: 128 tokens", "collect", {"n_positions": 128}),
     ("graph, second request: 32 tokens", "edges", {"n_positions": 32}),
-    ("intervention on 10 features", "rows", {"n_features": 10}),
+    ("attached model, 10 features", "rows", {"n_features": 10}),
+    ("`graph.intervene`, 10 features", "intervention", {"n_features": 10}),
+    (
+        "the same, 100 others read",
+        "intervention",
+        {"n_features": 10, "n_read": 100},
+    ),
     ("one layer's weights, 16,384 features", "weights", {"n_layers": 1}),
     ("features of all layers, 32 tokens", "client-side features", {"n_positions": 32}),
     (

@@ -5,6 +5,10 @@ patterns are read from this job's own run of the same prompt, and the value and 
 the model's modules: their weights where the job can see them, their values on a basis where it
 cannot (a sandboxed job's modules have no weights). The sweep is the one that a local graph uses.
 
+Large things stay in the dtype that they have: maps and patterns in the model's, the features'
+vectors in the one that they travelled in. What a sweep meets of them is widened when it is met, a
+layer at a time (``job_memory.py`` says how much a job takes).
+
 Legend: L layers, T positions, D d_model, F features, G targets, C columns.
 """
 
@@ -28,7 +32,10 @@ from nnsight_transcoders.circuits.layer_features import ActiveFeatures, LayerFea
 from nnsight_transcoders.circuits.linear import FrozenLayer, FrozenModel, FrozenNorm, Targets
 from nnsight_transcoders.circuits.operator_engine import FrozenEngine
 
-from .job_reads import linear_map, read_attention, token_directions
+from .job_reads import frozen_norm, linear_map, read_attention, token_directions
+
+#: Fields of ``LayerFeatures`` that stay in the dtype that they came in.
+VECTORS = ("encoder", "decoder")
 
 
 def graph_edges(model: Any, problem: dict[str, Any]) -> dict[str, Any]:
@@ -134,23 +141,15 @@ def _engine(model: Any, problem: dict[str, Any]) -> tuple[FrozenEngine, Any]:
     dtype = getattr(torch, problem["dtype"])
     like = model.get(problem["embed"]).output.detach()
     at: dict[str, Any] = {"device": like.device, "dtype": dtype}
-    norms = {
-        path: FrozenNorm(
-            norm["gain"].to(**at),
-            None if norm["bias"] is None else norm["bias"].to(**at),
-            norm["scale"].to(**at),
-            norm["centred"],
-        )
-        for path, norm in problem["norms"].items()
-    }
+    norms = {path: frozen_norm(norm, **at) for path, norm in problem["norms"].items()}
     chosen = _chosen(model, problem, like, at)
-    read = [read_attention(model, layer) for layer in problem["layers"]]
     layers = []
-    for layer, (x, attended, pattern) in zip(problem["layers"], read, strict=True):
-        value = linear_map(model, layer["value"], x, dtype)
-        out = linear_map(model, layer["out_proj"], like, dtype, problem["out_width"])
+    for layer in problem["layers"]:
+        x, attended, pattern = read_attention(model, layer)
+        value = linear_map(model, layer["value"], x, like.dtype)
+        out = linear_map(model, layer["out_proj"], like, like.dtype, problem["out_width"])
         attention, difference = fit_attention(
-            pattern.to(**at),
+            pattern,
             value,
             out,
             problem["heads"],
@@ -170,7 +169,7 @@ def _engine(model: Any, problem: dict[str, Any]) -> tuple[FrozenEngine, Any]:
                 attention_post_norm=norms.get(layer["attention_post_norm"]),
                 read=_read_norm(norms, layer["read"]),
                 write=norms.get(layer["write"]),
-                skip=None if layer["skip"] is None else layer["skip"].to(**at),
+                skip=None if layer["skip"] is None else layer["skip"].to(like.device),
             )
         )
     frozen = FrozenModel(tuple(layers), norms[problem["final_norm"]], problem["parallel"])
@@ -230,7 +229,9 @@ def _active(
     errors = torch.zeros(len(problem["layers"]), *final.shape) if error is None else error
     return ActiveFeatures(
         layers={
-            number: LayerFeatures(**{k: _at(v, final) for k, v in features.items()})
+            number: LayerFeatures(
+                **{k: _at(v, final, widen=k not in VECTORS) for k, v in features.items()}
+            )
             for number, features in layers.items()
         },
         bias=[None if bias is None else bias.to(final) for bias in problem["biases"]],
@@ -239,11 +240,11 @@ def _active(
     )
 
 
-def _at(value: Any, like: Tensor) -> Any:
-    """A tensor on the device, floats in the dtype of ``like``; anything else as it is."""
+def _at(value: Any, like: Tensor, *, widen: bool) -> Any:
+    """A tensor on the device, if wanted floats in the dtype of ``like``; anything else as it is."""
     if not isinstance(value, Tensor):
         return value
-    return value.to(like) if value.is_floating_point() else value.to(like.device)
+    return value.to(like) if widen and value.is_floating_point() else value.to(like.device)
 
 
 def pack_rows(rows: Tensor, dtype: str | None) -> dict[str, Any]:

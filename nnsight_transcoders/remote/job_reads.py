@@ -11,9 +11,22 @@ import torch
 from torch import Tensor
 
 from nnsight_transcoders.circuits.attention_weights import Linear, probed_weight, stored_weight
+from nnsight_transcoders.circuits.linear import FrozenNorm
 
 #: Rows of a basis sent through the unembedding at a time: its values are as wide as the vocabulary.
 UNEMBED_ROWS = 64
+#: Rows of the unembedding's own weights that are looked at at a time.
+VOCABULARY_ROWS = 8192
+
+
+def frozen_norm(norm: dict[str, Any], device: torch.device, dtype: torch.dtype) -> FrozenNorm:
+    """A norm as ``problem.packed_norm`` has packed it."""
+    return FrozenNorm(
+        norm["gain"].to(device, dtype),
+        None if norm["bias"] is None else norm["bias"].to(device, dtype),
+        norm["scale"].to(device, dtype),
+        norm["centred"],
+    )
 
 
 def read_attention(model: Any, layer: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
@@ -39,17 +52,30 @@ def linear_map(
     return probed_weight(lambda x: envoy(x[None])[0], width, like, dtype)
 
 
+def map_rows(model: Any, path: str, like: Tensor, width: int, rows: Tensor) -> Tensor:
+    """Rows ``(n, width)`` of a linear map's weight, in float32 at least."""
+    envoy = model.get(path)
+    rows, dtype = rows.to(like.device), torch.promote_types(like.dtype, torch.float32)
+    stored = stored_weight(envoy._module, like.dtype)
+    if stored is not None and stored[0].shape[1] == width:
+        return stored[0][rows].to(dtype)
+    return probed_weight(lambda x: envoy(x[None])[0], width, like, dtype, rows)[0]
+
+
 def token_directions(
     model: Any, path: str, tokens: Tensor, like: Tensor, at: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
     """Demeaned rows of the unembedding ``(G, D)`` and demeaned biases ``(G,)``."""
     envoy, width = model.get(path), like.shape[-1]
-    stored = stored_weight(envoy._module, at["dtype"])
+    stored = stored_weight(envoy._module, like.dtype)
     if stored is not None and stored[0].shape[1] == width:
         weight, bias = stored
-        rows = weight[tokens] - weight.mean(0)
-        bias = torch.zeros(len(weight), **at) if bias is None else bias
-        return rows.to(**at), (bias[tokens] - bias.mean()).to(**at)
+        total = torch.zeros(width, **at)
+        for part in weight.split(VOCABULARY_ROWS):  # it is large, and may be narrow
+            total += part.to(**at).sum(0)
+        rows = weight[tokens].to(**at) - total / len(weight)
+        bias = torch.zeros(len(weight), **at) if bias is None else bias.to(**at)
+        return rows, bias[tokens] - bias.mean()
     zero = envoy(like.new_zeros(1, 1, width))[0, 0].to(**at)
     columns = []
     for part in torch.eye(width, device=like.device, dtype=like.dtype).split(UNEMBED_ROWS):

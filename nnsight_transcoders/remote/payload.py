@@ -78,6 +78,8 @@ class ModelShape:
             output, the MLP's input and output; with norms after them (Gemma 2) also what those
             give.
         itemsize: Bytes of an element on the server.
+        map_elements: Weights of a layer's value and output maps (a value map that is fused with
+            queries and keys counts whole).
     """
 
     n_layers: int
@@ -88,6 +90,7 @@ class ModelShape:
     n_norms: int
     streams: int
     itemsize: int = 2
+    map_elements: int = 0
 
     @classmethod
     def of(cls, module: nn.Module, sites: Sites) -> ModelShape:
@@ -109,15 +112,22 @@ class ModelShape:
             n_norms=len({role for role in roles if role}) * sites.n_layers + 1,
             streams=3 + after,
             itemsize=next(module.parameters()).element_size(),
+            map_elements=sum(
+                weights.numel()
+                for path in (first.value, first.out_proj)
+                if path
+                for weights in module.get_submodule(path).parameters()
+                if weights.dim() == 2
+            ),
         )
 
 
 #: Models of the documentation's cost table, as NDIF serves them (bfloat16; GPT-2 in float32).
 KNOWN_SHAPES = {
-    "GPT-2": ModelShape(12, 768, 12, 50257, 164, 25, 3, 4),
-    "Gemma-2-2B": ModelShape(26, 2304, 8, 256000, 397, 105, 5),
-    "Llama-3.1-8B": ModelShape(32, 4096, 32, 128256, 423, 65, 3),
-    "Llama-3.1-70B": ModelShape(80, 8192, 64, 128256, 1047, 161, 3),
+    "GPT-2": ModelShape(12, 768, 12, 50257, 164, 25, 3, 4, 4 * 768**2),
+    "Gemma-2-2B": ModelShape(26, 2304, 8, 256000, 397, 105, 5, 2, 2304 * (1024 + 2048)),
+    "Llama-3.1-8B": ModelShape(32, 4096, 32, 128256, 423, 65, 3, 2, 4096 * (1024 + 4096)),
+    "Llama-3.1-70B": ModelShape(80, 8192, 64, 128256, 1047, 161, 3, 2, 8192 * (1024 + 8192)),
 }
 
 

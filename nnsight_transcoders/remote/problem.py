@@ -132,7 +132,7 @@ def edge_problem(
         "position": position,
         "dtype": str(dtype).removeprefix("torch."),
         "limit": TOLERANCE[run.final.dtype],
-        "norms": {path: _packed_norm(norm) for path, norm in norms.items()},
+        "norms": {path: packed_norm(norm) for path, norm in norms.items()},
         "layers": [
             {
                 "attention": layer.attention,
@@ -160,7 +160,8 @@ def edge_problem(
     return EdgeProblem(context, active, run.embedding)
 
 
-def _packed_norm(norm: FrozenNorm) -> dict[str, Any]:
+def packed_norm(norm: FrozenNorm) -> dict[str, Any]:
+    """A norm as plain data."""
     return {
         "gain": narrow(norm.gain),
         "bias": None if norm.bias is None else narrow(norm.bias),

@@ -14,7 +14,6 @@ from nnsight_transcoders.circuits.attention_weights import Linear, stored_weight
 from nnsight_transcoders.errors import CheckpointError, SiteError
 from nnsight_transcoders.hub.hub_snapshot import open_snapshot
 from nnsight_transcoders.hub.snapshot import Snapshot
-from nnsight_transcoders.hub.tensors import open_tensors
 from nnsight_transcoders.models import has_weights
 from nnsight_transcoders.norms import TOLERANCE, NormSpec
 from nnsight_transcoders.sites import Sites
@@ -83,16 +82,16 @@ class RemoteWeights:
     def linear(self, path: str, width: int, dtype: torch.dtype) -> Linear:
         """See ``ModelWeights.linear``; stored weights need not be told their width."""
         del width
+        if self._checkpoint is not None:
+            return self._checkpoint.linear(self._module, path, dtype)
         stored = stored_weight(self._module.get_submodule(path), dtype)
-        if stored is not None:
-            return stored
-        if self._checkpoint is None:
+        if stored is None:
             raise SiteError(f"the weights of {path} are not at hand: the model is remote")
-        return self._checkpoint.linear(self._module, path, dtype)
+        return stored
 
 
 class Checkpoint:
-    """The tensors of a Hugging Face checkpoint, each read when it is asked for.
+    """The tensors of a Hugging Face checkpoint, each read when it is asked for, and nothing else.
 
     Args:
         snapshot: A folder or Hub repository with safetensors files.
@@ -175,8 +174,7 @@ class Checkpoint:
     def _tensor(self, names: Sequence[str]) -> Tensor | None:
         for name in names:
             if name in self._files:
-                with open_tensors(self._snapshot.path(self._files[name])) as handle:
-                    return handle.get_tensor(name)
+                return self._snapshot.tensor(self._files[name], name)
         return None
 
 

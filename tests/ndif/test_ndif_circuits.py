@@ -22,7 +22,6 @@ from nnsight_transcoders import (
 )
 from nnsight_transcoders.builtin import text
 from nnsight_transcoders.circuits.paths import key_of
-from nnsight_transcoders.errors import InputError
 
 pytestmark = pytest.mark.ndif
 
@@ -69,14 +68,19 @@ def test_the_strongest_paths(model: Any, local: Any, per_layer: TranscoderSet, w
     assert [str(path) for path in found] == [str(path) for path in expected]
     values = [path.value for path in expected]
     assert [path.value for path in found] == pytest.approx(values, rel=1e-4)
+    # The run, the target, and a round each: contributions, and the heads that are followed.
+    assert len(wire.jobs()) == 2 + 5
 
 
-def test_a_score_cannot_be_taken_apart_without_the_weights(
-    model: Any, per_layer: TranscoderSet, wire: Wire
-):
-    run = CircuitRun.collect(model, per_layer, PROMPT, remote=wire.url)
-    with pytest.raises(InputError, match="cannot be taken apart"):
-        qk_attribution(run, 1, 0, 1)
+def test_a_score_is_taken_apart(model: Any, local: Any, per_layer: TranscoderSet, wire: Wire):
+    there, here = runs(model, local, per_layer, wire)
+    before = len(wire.jobs())
+    found, expected = (qk_attribution(run, 1, 3, 2) for run in (there, here))
+    assert len(wire.jobs()) == before + 2
+    assert (found.destinations, found.sources) == (expected.destinations, expected.sources)
+    size = float(expected.terms.abs().max())
+    torch.testing.assert_close(found.terms, expected.terms, rtol=1e-4, atol=1e-4 * size)
+    assert found.score == pytest.approx(expected.score, abs=1e-4 * size)
     assert not model.dispatched
 
 

@@ -12,7 +12,14 @@ from ndif_server import Server
 from ndif_support import PROMPT
 from ndif_wire import Wire
 
-from nnsight_transcoders import TranscoderSet, ablate, attach, steer
+from nnsight_transcoders import (
+    Transcoder,
+    TranscoderConfig,
+    TranscoderSet,
+    ablate,
+    attach,
+    steer,
+)
 
 pytestmark = pytest.mark.ndif
 
@@ -91,6 +98,30 @@ def test_the_same_numbers_as_here(
     expected = use(attach(local, transcoders, mode=splice), None)
     found = use(attach(model, transcoders, mode=splice), wire.url)
     torch.testing.assert_close(found, expected, **CLOSE)
+    assert len(wire.jobs()) == 1
+
+
+@pytest.mark.parametrize("use", [edited, generated], ids=lambda use: use.__name__)
+@pytest.mark.parametrize("splice", ["replace", "replace+error"])
+def test_autoencoders(
+    model: Any,
+    local: Any,
+    wire: Wire,
+    splice: Any,
+    use: Callable[[Any, str | None], list[torch.Tensor]],
+):
+    """They read the place that they write."""
+    made = {}
+    torch.manual_seed(0)
+    for layer in range(4):
+        config = TranscoderConfig(128, 128, 64, layer=layer, input_site="O", output_site="O")
+        made[layer] = Transcoder(config)
+        for weight in made[layer].parameters():
+            torch.nn.init.normal_(weight, std=0.3)
+    chosen = TranscoderSet.from_transcoders(made)
+    expected = use(attach(local, chosen, mode=splice), None)
+    found = use(attach(model, chosen, mode=splice), wire.url)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert len(wire.jobs()) == 1
 
 

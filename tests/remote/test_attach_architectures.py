@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import attach_support as support
 import zoo
 
-from nnsight_transcoders import attach, steer, verify
+from nnsight_transcoders import ablate, attach, scale, steer, verify
 from nnsight_transcoders.attachment.remote_layers import RemoteTranscoders
 from nnsight_transcoders.remote.server import RemoteServer
 from nnsight_transcoders.site_stream import site_values
@@ -58,6 +58,54 @@ def test_the_same_values(name, input_site, output_site, mode):
         assert support.distance(one, other) <= 1e-4
     assert isinstance(replaced.transcoders, nnsight.Envoy)
     assert not isinstance(replaced.transcoders, RemoteTranscoders)
+
+
+def autoencoder_block(replaced: Any, backend: Any, mode: str) -> list[Any]:
+    """Every kind of edit: by assignment and in place, of a value and of a view of it."""
+    ids = support.IDS[None]
+    with torch.no_grad(), replaced.trace(ids, backend=backend):
+        replaced.transcoders[0].pre_activations.output[..., 2] += 1.0
+        first = replaced.transcoders[0].features.output.clone().save()
+        last = replaced.transcoders[1].features.output[:, -2:]
+        last[..., 3] = 2.0
+        last.mul_(1.5)
+        ablate(replaced, 1, [4, 5, 6])
+        scale(replaced, 1, 7, -1.0)
+        written = replaced.transcoders[1].reconstruction.output.clone().save()
+        replaced.transcoders[1].reconstruction.output *= 0.8
+        steer(replaced, 2, 5, 1.0, positions=0)
+        features = replaced.transcoders[2].features.output.save()
+        if mode != "replace":
+            replaced.transcoders[2].error.output = replaced.transcoders[2].error.output * 0.5
+        logits = replaced.output.logits.save()
+    return [first, written, features, logits]
+
+
+@pytest.mark.parametrize("mode", ["replace", "replace+error", "observe"])
+@pytest.mark.parametrize(
+    ("name", "site"),
+    [
+        ("llama", "O"),
+        ("gemma2", "O"),  # sandwich norms
+        ("gemma2", "O'"),
+        ("falcon", "O"),  # adds to the MLP's output in place
+        ("gpt-neox", "O"),  # attention and MLP side by side
+        ("opt", "O"),  # no MLP module, rows flattened
+        ("bloom", "O"),  # the MLP adds the residual itself
+    ],
+)
+def test_autoencoders(name, site, mode):
+    """What they read is where they write: their edits are written at once."""
+    model = support.model(name)
+    chosen = support.transcoders(name, "per-layer", site, site)
+    replaced = attach(model, chosen, mode=mode)
+    expected = autoencoder_block(replaced, None, mode)
+    found = autoencoder_block(replaced, RestoredBackend(model), mode)
+    for one, other in zip(found, expected, strict=True):
+        assert type(one) is torch.Tensor
+        assert support.distance(one, other) <= 1e-4
+    untouched = support.original_logits(name)[None]
+    assert (support.distance(found[-1], untouched) <= 1e-4) == (mode == "observe")
 
 
 def test_leading_positions_are_left_out():

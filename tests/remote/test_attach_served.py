@@ -7,6 +7,7 @@ where nothing was mounted; the client's model has no weights.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import nnsight
@@ -18,6 +19,8 @@ from served import PACKAGE, ServedModel, ServerError
 from transformers import AutoTokenizer
 
 from nnsight_transcoders import (
+    Transcoder,
+    TranscoderConfig,
     TranscoderSet,
     ablate,
     attach,
@@ -32,7 +35,7 @@ from nnsight_transcoders.remote.payload import ModelShape, estimate_payload
 
 PROMPT = "The war lasted from 1732 to 17"
 PROMPTS = [PROMPT, "She gave it to", "On"]
-SETS = ["builtin/per-layer", "builtin/skip", "builtin/clt"]
+SETS = ["builtin/per-layer", "builtin/skip", "builtin/clt", "autoencoder"]
 #: A block's values: a function of an attached model and of how to run it.
 Block = Callable[..., list[Any]]
 
@@ -44,7 +47,23 @@ def served() -> Iterator[ServedModel]:
     started.close()
 
 
+@cache
+def autoencoders() -> TranscoderSet:
+    """Random ones: the package ships none."""
+    made = {}
+    torch.manual_seed(0)
+    for layer in range(4):
+        made[layer] = Transcoder(
+            TranscoderConfig(128, 128, 128, layer=layer, input_site="O", output_site="O")
+        )
+        for weight in made[layer].parameters():
+            torch.nn.init.normal_(weight, std=0.3)
+    return TranscoderSet.from_transcoders(made)
+
+
 def transcoders(name: str) -> TranscoderSet:
+    if name == "autoencoder":
+        return autoencoders()
     return TranscoderSet.from_pretrained(name, dtype=torch.float32)
 
 
@@ -152,7 +171,7 @@ def test_replace(block, name, served, local, model):
 
 
 @pytest.mark.parametrize("name", SETS)
-@pytest.mark.parametrize("block", [reads, edits, errors_edited, invokes])
+@pytest.mark.parametrize("block", [reads, edits, errors_edited, invokes, generation])
 def test_replace_with_the_error(block, name, served, local, model):
     both(block, served, local, model, name=name, mode="replace+error")
 
@@ -202,6 +221,24 @@ def test_single_features_are_their_rows_here_and_there(served, local, model):
     assert served.sent[-1] - sent > 2_000_000
 
 
+def test_single_features_of_an_autoencoder(served, local, model):
+    features = {1: [39, 7, 95], 3: [2]}
+
+    def block(replaced: Any, backend: Any) -> list[Any]:
+        with replaced.trace(PROMPT, backend=backend()):
+            set_features(replaced, 1, 7, 3.0, positions=[-1, 2])
+            steer(replaced, 3, 2, 2.0)
+            logits = replaced.output.logits.save()
+        return [logits]
+
+    settings: dict[str, Any] = {"name": "autoencoder", "mode": "replace+error"}
+    (found,) = both(block, served, local, model, features=features, **settings)
+    assert_same([found], both(block, served, local, model, **settings))
+    with torch.no_grad():
+        original = local.trace(PROMPT, trace=False).logits
+    assert float((found - original).abs().max()) > 0.1
+
+
 def test_rows_in_their_own_order(served, local, model):
     def block(replaced: Any, backend: Any) -> list[Any]:
         with replaced.trace(PROMPT, backend=backend()):
@@ -226,15 +263,17 @@ def test_the_server_has_not_the_package(served, model):
             del value
 
 
-def test_an_error_changed_in_place_is_said(served, model):
-    replaced = attach(model, transcoders("builtin/per-layer"), mode="replace+error")
+@pytest.mark.parametrize("name", ["builtin/per-layer", "autoencoder"])
+def test_an_error_changed_in_place_is_said(name, served, model):
+    replaced = attach(model, transcoders(name), mode="replace+error")
     with pytest.raises(ServerError, match=r"error of layer 1 was changed in place.*assign it"):
         with replaced.trace(PROMPT, backend=served.backend()):
             replaced.transcoders[1].error.output[:] = 0
 
 
-def test_features_after_the_reconstruction_are_said(served, model):
-    replaced = attach(model, transcoders("builtin/per-layer"))
+@pytest.mark.parametrize("name", ["builtin/per-layer", "autoencoder"])
+def test_features_after_the_reconstruction_are_said(name, served, model):
+    replaced = attach(model, transcoders(name))
     with pytest.raises(ServerError, match="features of layer 1 come before its reconstruction"):
         with replaced.trace(PROMPT, backend=served.backend()):
             _ = replaced.transcoders[1].reconstruction.output

@@ -11,6 +11,7 @@ import pytest
 import torch
 from nnsight.schema.request import RequestModel
 
+from nnsight_transcoders.circuits import intervention_job
 from nnsight_transcoders.circuits.attribution import attribute
 from nnsight_transcoders.errors import InputError
 from nnsight_transcoders.remote import calls, edge_job, loader, packing
@@ -22,7 +23,12 @@ from nnsight_transcoders.remote.shipping import (
     shipped_sources,
 )
 
-SHIPPED = [packing.read_packed, edge_job.graph_edges, edge_job.chunk_edges]
+SHIPPED = [
+    packing.read_packed,
+    edge_job.graph_edges,
+    edge_job.chunk_edges,
+    intervention_job.run_interventions,
+]
 
 
 class Recorder:

@@ -9,8 +9,8 @@ import pytest
 import torch
 import transformers
 
-from nnsight_transcoders import attach, builtin_model_path, train
-from nnsight_transcoders.errors import ConfigError, InputError
+from nnsight_transcoders import builtin_model_path, train
+from nnsight_transcoders.errors import ConfigError
 
 SETTINGS: dict[str, Any] = {
     "layers": [1, 2],
@@ -47,13 +47,3 @@ def test_end_to_end_needs_the_model_here(server: Any) -> None:
     with pytest.raises(ConfigError, match="objective 'kl' needs a model that is here"):
         further = SETTINGS | {"objective": "kl"}
         train(model, "builtin", further, start=start, remote=server.url, verbose=False)
-
-
-def test_an_autoencoder_is_not_attached_to_a_remote_run() -> None:
-    """It would silently read the MLP's input there."""
-    model = nnsight.TransformersModel(builtin_model_path(), task="text-generation", dispatch=True)
-    settings = SETTINGS | {"input_site": "O", "n_tokens": 200, "layers": [1]}
-    replaced = attach(model, train(model, "builtin", settings, verbose=False))
-    with pytest.raises(InputError, match="layer 1's is a sparse autoencoder, which cannot be att"):
-        with replaced.trace("The war", remote="local"):
-            replaced.transcoders[1].features.output.save()

@@ -14,15 +14,21 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from nnsight_transcoders import (
+    BlindStudy,
     CircuitRun,
     TranscoderSet,
     attach,
     de_embed,
+    feature_summary,
+    global_weights,
     logits_of,
+    path_graph,
     pull_back,
     push_forward,
     qk_attribution,
     read_vectors,
+    strongest_connections,
+    top_connections,
     top_paths,
     verify,
     virtual_weights,
@@ -123,20 +129,26 @@ def test_values_that_there_are_not(wanted, message, server, model):
 
 @pytest.mark.parametrize(("weights", "requests"), [(None, 1), ("server", 2)])
 def test_contributions_of_every_head(weights, requests, server, model, here, transcoders):
-    """With the checkpoint at hand, or with the attention maps from the server."""
+    """With the checkpoint at hand, or with the server asked for each target's."""
     before = len(server.requests())
     found = CircuitRun.collect(model, transcoders, PROMPT, remote=server.url, weights=weights)
-    assert len(server.requests()) - before == requests
+    assert len(server.requests()) - before == 1
     expected = CircuitRun.collect(here, transcoders, PROMPT)
     assert found.remote
     assert not expected.remote
-    for target in (lambda run: run.token(40), lambda run: feature(run, 3)):
-        there, ours = found.contributions(target(found)), expected.contributions(target(expected))
+    for name in ("token", "feature"):
+        target, same = (
+            run.token(40) if name == "token" else feature(run, 3) for run in (found, expected)
+        )
+        before = len(server.requests())
+        there, ours = found.contributions(target), expected.contributions(same)
+        assert found.contributions(target) == there  # asked for once
+        assert len(server.requests()) - before == requests - 1
         assert [str(c) for c in there] == [str(c) for c in ours]
         assert {"attention", "feature", "error", "token"} <= {c.kind for c in there}
         values = [torch.tensor([c.value for c in both]) for both in (there, ours)]
         assert_close(*values)
-        assert float(values[0].sum()) == pytest.approx(found.total(target(found)), rel=1e-4)
+        assert float(values[0].sum()) == pytest.approx(found.total(target), rel=1e-4)
 
 
 def feature(run: CircuitRun, layer: int) -> Any:
@@ -148,11 +160,26 @@ def feature(run: CircuitRun, layer: int) -> Any:
 
 
 def test_paths(server, model, here, per_layer):
+    """A round takes a request for its contributions and one for the heads that are followed; the
+    attention maps, 2 D^2 numbers a layer, stay on the server until a graph is made."""
     found = CircuitRun.collect(model, per_layer, PROMPT, remote=server.url, weights="server")
     expected = CircuitRun.collect(here, per_layer, PROMPT)
-    paths = [top_paths(run, run.token(40), depth=3) for run in (found, expected)]
+    targets = [run.token(40) for run in (found, expected)]
+    before = len(server.requests())
+    paths = [
+        top_paths(run, target, depth=3)
+        for run, target in zip((found, expected), targets, strict=True)
+    ]
+    assert len(server.requests()) - before == 5
     assert [str(path) for path in paths[0]] == [str(path) for path in paths[1]]
     assert_close(*(torch.tensor([path.value for path in some]) for some in paths))
+    graphs = [
+        path_graph(run, target, some)
+        for run, target, some in zip((found, expected), targets, paths, strict=True)
+    ]
+    assert len(server.requests()) - before == 6
+    assert_close(graphs[0].adjacency(), graphs[1].adjacency())
+    assert graphs[0].completeness_error < 1e-4
 
 
 def test_a_direction_as_the_target(server, model, here, per_layer):
@@ -163,11 +190,23 @@ def test_a_direction_as_the_target(server, model, here, per_layer):
     assert totals[0] == pytest.approx(totals[1], rel=1e-4)
 
 
-def test_scores_are_not_taken_apart(server, model, per_layer):
-    found = CircuitRun.collect(model, per_layer, PROMPT, remote=server.url)
-    with pytest.raises(InputError, match="query and key maps are not here"):
-        qk_attribution(found, 1, 0, 2)
-    assert not model.dispatched
+@pytest.mark.parametrize(("weights", "requests"), [(None, 1), ("server", 2)])
+def test_scores_are_taken_apart(weights, requests, server, model, here, transcoders):
+    """One request for what the attention is called with, and one for a head's rows of the query
+    and key maps, unless the client can read them; the same head again asks for nothing."""
+    there = CircuitRun.collect(model, transcoders, PROMPT, remote=server.url, weights=weights)
+    expected = CircuitRun.collect(here, transcoders, PROMPT)
+    before = len(server.requests())
+    for position in (2, 0):
+        found = qk_attribution(there, 1, 3, position)
+        ours = qk_attribution(expected, 1, 3, position)
+        assert (found.destinations, found.sources) == (ours.destinations, ours.sources)
+        assert_close(found.terms, ours.terms)
+        assert found.score == pytest.approx(ours.score, rel=1e-4)
+        assert float(found.terms.sum()) == pytest.approx(found.score, rel=1e-3)
+        sent = server.requests()[before:]
+        assert len(sent) == requests
+        assert max(sent) < 30_000  # no vector goes up
 
 
 # -- virtual weights -----------------------------------------------------------------------------
@@ -260,3 +299,46 @@ def test_verify_on_the_command_line(server):
     ]
     assert answers[0]["ok"]
     assert answers[1]["ce_replaced"] == pytest.approx(answers[0]["ce_replaced"], rel=1e-3)
+
+
+@pytest.mark.parametrize("head", [None, (2, 1), (2, None)])
+def test_connections(head, server, model, here, transcoders):
+    """A head's maps come back once; the set's rows are multiplied here."""
+    before = len(server.requests())
+    for direction, layer in (("up", 0), ("down", 3)):
+        options = {"direction": direction, "head": head, "k": 7}
+        found = top_connections(model, transcoders, layer, 5, **options, remote=server.url)
+        expected = top_connections(here, transcoders, layer, 5, **options)
+        assert [str(one) for one in found] == [str(one) for one in expected]
+    assert len(server.requests()) - before <= 4
+    options = {"sources": [0], "targets": [3], "head": head, "k": 9}
+    found = strongest_connections(model, transcoders, **options, remote=server.url)
+    expected = strongest_connections(here, transcoders, **options)
+    assert_close(*(torch.tensor([one.weight for one in some]) for some in (found, expected)))
+
+
+def test_global_weights(server, model, here, transcoders):
+    arguments = (transcoders, TEXTS, [(0, i) for i in range(40)], [(3, j) for j in range(40)])
+    before = len(server.requests())
+    found = global_weights(model, *arguments, remote=server.url)
+    assert len(server.requests()) - before == 1 + len(TEXTS)  # the norms, and a run each
+    expected = global_weights(here, *arguments)
+    assert found.n_positions == expected.n_positions
+    assert float(expected.mean.abs().max()) > 0
+    for name in ("source_rate", "virtual", "mean", "conditional_mean", "twera"):
+        assert_close(getattr(found, name), getattr(expected, name))
+
+
+def test_summaries_and_studies_of_a_feature(server, model, here, per_layer):
+    said = []
+    for run, where in ((model, {"remote": server.url}), (here, {})):
+        circuit = CircuitRun.collect(run, per_layer, PROMPT, **where)
+        last = circuit.active.layers[2]
+        index = int(last.index[last.position == circuit.run.n_positions - 1][0])
+        found = feature_summary(run, per_layer, 2, index, circuit=circuit, depth=2, **where)
+        study = BlindStudy(run, per_layer, TEXTS, 2, index, **where)
+        lists = (*study.logit_effects(), study.de_embedding())
+        paths = [[str(step) for step in path.steps] for path in found.paths]
+        said.append((paths, [[token for token, _ in some] for some in lists]))
+        assert found.top_logits == lists[0]
+    assert said[0] == said[1]
