@@ -18,6 +18,7 @@ import typer
 from nnsight import TransformersModel
 
 from nnsight_transcoders import ParetoTable, builtin_model_path, pareto, plot_pareto
+from nnsight_transcoders.errors import InputError
 
 #: What all runs share.
 CONFIG: dict[str, Any] = {
@@ -68,8 +69,11 @@ def main(
         )
     typer.echo(str(table))
     for layer in table.layers:
-        margin = table.margin(layer)
-        typer.echo(f"layer {layer}: transcoders below SAEs by at least {margin:+.4f} nats")
+        try:
+            least = f"transcoders below SAEs by at least {table.margin(layer):+.4f} nats"
+        except InputError as error:  # a single k
+            least = str(error)
+        typer.echo(f"layer {layer}: {least}")
         figure = plot_pareto(table, layer, log=rise)
         for suffix in formats.split(","):
             path = out / f"pareto_layer_{layer}.{suffix}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -120,9 +121,9 @@ class _TensorBoard:
 
 
 class _Tracker:
-    """wandb, or trackio, which has the same calls."""
+    """wandb, or trackio, which has the same calls. A resumed run goes on as the same run there."""
 
-    def __init__(self, name: str, config: TrainConfig, out: Path | None) -> None:
+    def __init__(self, name: str, config: TrainConfig, out: Path | None, step: int) -> None:
         try:
             module = __import__(name)
         except ImportError as error:
@@ -130,7 +131,10 @@ class _Tracker:
         self._module = module
         project = f"{out.parent.name or 'transcoders'}" if out is not None else "transcoders"
         run = None if out is None else out.name
-        module.init(project=project, name=run, config=config.to_dict())
+        resume: dict[str, str] = {"resume": "allow" if step and out is not None else "never"}
+        if name == "wandb" and out is not None:  # which knows runs by an id, not by their name
+            resume["id"] = _run_id(out, step)
+        module.init(project=project, name=run, config=config.to_dict(), **resume)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         self._module.log(dict(values), step=step)
@@ -139,8 +143,17 @@ class _Tracker:
         self._module.finish()
 
 
+def _run_id(out: Path, step: int) -> str:
+    """The run's id, made at its first step and kept in its folder."""
+    path = out / "wandb_id.txt"
+    if not (step and path.exists()):
+        with atomic_path(path) as partial:
+            partial.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
+    return path.read_text(encoding="utf-8").strip()
+
+
 def _service(name: str, config: TrainConfig, out: Path | None, step: int) -> Any:
-    return _TensorBoard(out, step) if name == "tensorboard" else _Tracker(name, config, out)
+    return _TensorBoard(out, step) if name == "tensorboard" else _Tracker(name, config, out, step)
 
 
 def _missing(name: str) -> str:

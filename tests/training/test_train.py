@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -356,6 +357,38 @@ def test_a_service_that_is_not_installed(llama: Any, service: str) -> None:
         pytest.skip(f"{service} is installed")
     with pytest.raises(ConfigError, match=f"needs {service}: pip install {service}"):
         train(llama, DATA, SMALL | {"log_to": [service]}, verbose=False)
+
+
+@pytest.fixture
+def resumed(llama: Any, tmp_path: Path) -> Callable[[str], Path]:
+    """Train until the data ends, then go on with more of it; the run's folder."""
+
+    def run(service: str) -> Path:
+        settings = SMALL | {"log_to": [service], "log_every": 1, "checkpoint_every": 2}
+        out = tmp_path / "project" / "run"
+        train(llama, iter(DATA[:20]), settings, out=out, verbose=False)
+        train(llama, DATA, settings, out=out, verbose=False)
+        return out
+
+    return run
+
+
+def test_a_resumed_run_is_the_same_run_in_wandb(
+    resumed: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    run_id = (resumed("wandb") / "wandb_id.txt").read_text()
+    runs = [path.name for path in (tmp_path / "wandb").glob("offline-run-*")]
+    assert runs and all(name.endswith(f"-{run_id}") for name in runs)
+
+
+def test_a_resumed_run_is_the_same_run_in_trackio(resumed: Callable[[str], Path]) -> None:
+    trackio = pytest.importorskip("trackio")
+    resumed("trackio")
+    (run,) = trackio.Api().runs("project")
+    assert run.name == "run"
 
 
 # -- config and command line ---------------------------------------------------------------------
