@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+#: What models call the keys and values of earlier steps: since transformers 5.24, and before.
+CACHES = ("cache", "past_key_values")
+
 
 def token_index_of(args: tuple, kwargs: dict[str, Any]) -> Tensor:
     """``(batch, pos)``: each position in its own prompt's tokens, -1 for padding.
@@ -21,7 +24,7 @@ def token_index_of(args: tuple, kwargs: dict[str, Any]) -> Tensor:
     batch, length = ids.shape[:2]
     mask = kwargs.get("attention_mask")
     if mask is None or mask.dim() != 2:
-        cache = kwargs.get("past_key_values")
+        cache = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
         past = 0 if cache is None else int(cache.get_seq_length())
         return torch.arange(past, past + length, device=ids.device).expand(batch, length)
     index = mask.long().cumsum(-1) - 1
