@@ -82,10 +82,32 @@ class Candidates:
         cls, run: Run, active: ActiveFeatures, chosen: TargetSpec, position: int, engine: Engine
     ) -> Candidates:
         """Number the nodes and lay out the sources by the site they write to."""
-        device = run.final.device
-        none = torch.zeros(0, dtype=torch.long, device=device)
-        layers = [torch.full_like(f.position, number) for number, f in active.layers.items()]
         constants, final_constants = engine.constants(active.bias)
+        return cls.numbered(
+            run,
+            active,
+            chosen,
+            position,
+            sources=site_sources(run, active, engine),
+            constants=constants,
+            final_constants=final_constants,
+        )
+
+    @classmethod
+    def numbered(
+        cls,
+        run: Run,
+        active: ActiveFeatures,
+        chosen: TargetSpec,
+        position: int,
+        *,
+        constants: list[Tensor],
+        final_constants: Tensor,
+        sources: Sources | None = None,
+    ) -> Candidates:
+        """Number the nodes; without sources they can be targets only."""
+        none = torch.zeros(0, dtype=torch.long, device=run.final.device)
+        layers = [torch.full_like(f.position, number) for number, f in active.layers.items()]
         return cls(
             run=run,
             active=active,
@@ -93,7 +115,7 @@ class Candidates:
             position=position,
             layer=torch.cat([none, *layers]),
             positions=torch.cat([none, *(f.position for f in active.layers.values())]),
-            sources=site_sources(run, active, engine),
+            sources=sources or {},
             constants=constants,
             final_constants=final_constants,
         )

@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnsight_transcoders.remote.job_reads import frozen_norm, linear_map, read_attention
+from nnsight_transcoders.remote.job_reads import fitted_attention, frozen_norm
 
-from .attention_weights import fit_attention, other_layouts
 from .linear import FrozenAttention, FrozenNorm
 
 
@@ -129,18 +128,9 @@ def attention_constants(model: Any, spec: dict[str, Any], n_layers: int) -> list
 def _read(model: Any, spec: dict[str, Any], layer: dict[str, Any]) -> _Layer:
     """A layer as the model comes by it."""
     r = model.get(layer["block"]).input.clone()
-    x, attended, pattern = read_attention(model, layer)
     at: dict[str, Any] = {"device": r.device, "dtype": getattr(torch, spec["dtype"])}
-    value = linear_map(model, layer["value"], r, r.dtype)
-    out = linear_map(model, layer["out_proj"], r, r.dtype, spec["out_width"])
-    attention, difference = fit_attention(
-        pattern,
-        value,
-        out,
-        spec["heads"],
-        other_layouts(layer["value_layout"]),
-        x.to(**at),
-        attended.to(**at),
+    attention, difference = fitted_attention(
+        model, layer, r, spec["heads"], spec["out_width"], at["dtype"]
     )
     before, after = (
         None if layer[name] is None else frozen_norm(layer[name], **at)

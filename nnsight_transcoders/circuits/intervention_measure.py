@@ -22,7 +22,7 @@ from nnsight_transcoders.sites import Sites, resolve_sites
 
 from .graph import ERROR, FEATURE, LOGIT, TOKEN, AttributionGraph
 from .grouping import NodeKey, numbers_of
-from .intervention_request import Asked, Patching
+from .intervention_request import Asked, PatchedModel, Patching
 from .intervention_rows import Changes
 from .intervention_run import InterventionRun, Outcome
 from .predict import predicted_changes
@@ -90,7 +90,7 @@ def measure(
     follow = frozenset(transcoders.layers if mlps == "transcoders" else ()) - pinned
     _check_features(graph, transcoders)
     features = _by_layer(graph, _features_to_read(graph, asked, read))
-    run = InterventionRun(
+    patched = PatchedModel(
         model,
         sites,
         transcoders,
@@ -103,6 +103,7 @@ def measure(
             whole_logits,
         ),
     )
+    run = InterventionRun(patched)
     n_positions = len(graph.token_ids)
     widths = [sites.d_model, sites.n_heads * n_positions, sites.vocab_size if whole_logits else 0]
     widths += _encoded(transcoders, features, follow)
@@ -111,7 +112,7 @@ def measure(
         part = asked[start : start + size]
         outcome = run.run(len(part) + 1, *_changes(graph, part))
         values = _node_values(graph, features, outcome)
-        _check_same_run(graph, values[0], run.model_dtype)
+        _check_same_run(graph, values[0], patched.model_dtype)
         predicted = predicted_changes(graph, _factor_table(graph, part), pinned)
         yield Measured(part, values, predicted, outcome.logits, outcome.probabilities)
 

@@ -19,11 +19,9 @@ import torch
 from torch import Tensor
 
 from nnsight_transcoders.remote.payload import tensor_bytes
-from nnsight_transcoders.sets import TranscoderSet
-from nnsight_transcoders.sites import Sites
 
 from .feature_changes import set_features
-from .intervention_request import Asked, PatchedModel, Patching
+from .intervention_request import PatchedModel
 from .intervention_rows import Changes, error_vectors, layer_rows
 
 logger = logging.getLogger(__name__)
@@ -53,32 +51,15 @@ class InterventionRun:
     """Runs batches of interventions.
 
     Args:
-        model: An nnsight model; for a remote one, its module tree is enough.
-        sites: Its sites.
-        transcoders: The set.
-        token_ids: The prompt ``(T,)``.
-        patching: What responds.
-        asked: What is measured.
-
-    Raises:
-        SiteError: The attention is to be frozen and cannot be written down.
+        patched: The model, and what is asked of it.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        sites: Sites,
-        transcoders: TranscoderSet,
-        token_ids: Tensor,
-        patching: Patching,
-        asked: Asked,
-    ) -> None:
-        self.patched = PatchedModel(model, sites, transcoders, token_ids, patching, asked)
-        self.patching, self.asked, self.token_ids = patching, asked, token_ids
-        self.dtype, self.model_dtype = self.patched.dtype, self.patched.model_dtype
+    def __init__(self, patched: PatchedModel) -> None:
+        self.patched, self.patching, self.asked = patched, patched.patching, patched.asked
+        self.token_ids, self.dtype = patched.token_ids, patched.dtype
         # Weights as stored, unless the set was told to load them coarser than is computed here.
-        same = transcoders.dtype in (None, self.dtype)
-        self.transcoders = transcoders if same else transcoders.to(dtype=self.dtype)
+        same = patched.transcoders.dtype in (None, self.dtype)
+        self.transcoders = patched.transcoders if same else patched.transcoders.to(dtype=self.dtype)
 
     def run(
         self,

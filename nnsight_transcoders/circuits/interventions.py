@@ -8,19 +8,17 @@ direct effects pass them.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from nnsight_transcoders.remote.server import Remote
 from nnsight_transcoders.sets import TranscoderSet
-from nnsight_transcoders.sites import Sites
 
 from .graph import LOGIT, AttributionGraph
 from .grouping import NodeKey
-from .intervention_measure import Measured, Mlps, measure
+from .intervention_measure import Measured, measure
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,29 +100,10 @@ def intervene_each(
     changes: Sequence[Mapping[NodeKey, float]],
     model: Any,
     transcoders: TranscoderSet,
-    *,
-    constrained: Collection[int] = (),
-    freeze_attention: bool = True,
-    mlps: Mlps = "model",
-    read: Collection[NodeKey] | None = None,
-    directions: Mapping[str, Tensor] | None = None,
-    sites: Sites | None = None,
-    remote: Remote | None = None,
+    **options: Any,
 ) -> list[Intervention]:
     """Several interventions, each on its own, as rows of few batches (see ``intervene``)."""
-    batches = measure(
-        graph,
-        changes,
-        model,
-        transcoders,
-        constrained=constrained,
-        freeze_attention=freeze_attention,
-        mlps=mlps,
-        read=read,
-        directions=directions,
-        sites=sites,
-        remote=remote,
-    )
+    batches = measure(graph, changes, model, transcoders, **options)
     return [one for batch in batches for one in _interventions(graph, batch)]
 
 

@@ -20,10 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnsight_transcoders.circuits.attention_weights import (
-    fit_attention,
-    other_layouts,
-)
 from nnsight_transcoders.circuits.candidates import Candidates
 from nnsight_transcoders.circuits.edge_table import edge_table, totals
 from nnsight_transcoders.circuits.edges import batch_size, batches
@@ -32,7 +28,7 @@ from nnsight_transcoders.circuits.layer_features import ActiveFeatures, LayerFea
 from nnsight_transcoders.circuits.linear import FrozenLayer, FrozenModel, FrozenNorm, Targets
 from nnsight_transcoders.circuits.operator_engine import FrozenEngine
 
-from .job_reads import frozen_norm, linear_map, read_attention, token_directions
+from .job_reads import fitted_attention, frozen_norm, token_directions
 
 #: Fields of ``LayerFeatures`` that stay in the dtype that they came in.
 VECTORS = ("encoder", "decoder")
@@ -120,17 +116,11 @@ def _rows(
 
 def _only_targets(sources: Candidates, active: ActiveFeatures) -> Candidates:
     """Features as targets: what of ``Candidates`` needs their encoders alone."""
-    device = sources.layer.device
-    none = torch.zeros(0, dtype=torch.long, device=device)
-    layers = [torch.full_like(f.position, number) for number, f in active.layers.items()]
-    return Candidates(
-        run=sources.run,
-        active=active,
-        chosen=sources.chosen,
-        position=sources.position,
-        layer=torch.cat([none, *layers]),
-        positions=torch.cat([none, *(f.position for f in active.layers.values())]),
-        sources={},
+    return Candidates.numbered(
+        sources.run,
+        active,
+        sources.chosen,
+        sources.position,
         constants=sources.constants,
         final_constants=sources.final_constants,
     )
@@ -145,17 +135,8 @@ def _engine(model: Any, problem: dict[str, Any]) -> tuple[FrozenEngine, Any]:
     chosen = _chosen(model, problem, like, at)
     layers = []
     for layer in problem["layers"]:
-        x, attended, pattern = read_attention(model, layer)
-        value = linear_map(model, layer["value"], x, like.dtype)
-        out = linear_map(model, layer["out_proj"], like, like.dtype, problem["out_width"])
-        attention, difference = fit_attention(
-            pattern,
-            value,
-            out,
-            problem["heads"],
-            other_layouts(layer["value_layout"]),
-            x.to(**at),
-            attended.to(**at),
+        attention, difference = fitted_attention(
+            model, layer, like, problem["heads"], problem["out_width"], dtype
         )
         if not difference <= problem["limit"]:
             raise RuntimeError(

@@ -10,8 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnsight_transcoders.circuits.attention_weights import Linear, probed_weight, stored_weight
-from nnsight_transcoders.circuits.linear import FrozenNorm
+from nnsight_transcoders.circuits.attention_weights import (
+    Linear,
+    fit_attention,
+    other_layouts,
+    probed_weight,
+    stored_weight,
+)
+from nnsight_transcoders.circuits.linear import FrozenAttention, FrozenNorm
 
 #: Rows of a basis sent through the unembedding at a time: its values are as wide as the vocabulary.
 UNEMBED_ROWS = 64
@@ -50,6 +56,29 @@ def linear_map(
     if stored is not None and stored[0].shape[1] == width:
         return stored[0].to(like.device), stored[1]
     return probed_weight(lambda x: envoy(x[None])[0], width, like, dtype)
+
+
+def fitted_attention(
+    model: Any,
+    layer: dict[str, Any],
+    like: Tensor,
+    heads: tuple[int, int],
+    out_width: int,
+    dtype: torch.dtype,
+) -> tuple[FrozenAttention, float]:
+    """A layer's attention in this run, its maps in the dtype of ``like`` (a value of the residual
+    stream), and how far (relatively) its output is from what the model gave, in ``dtype``."""
+    x, attended, pattern = read_attention(model, layer)
+    at: dict[str, Any] = {"device": like.device, "dtype": dtype}
+    return fit_attention(
+        pattern,
+        linear_map(model, layer["value"], x, like.dtype),
+        linear_map(model, layer["out_proj"], like, like.dtype, out_width),
+        heads,
+        other_layouts(layer["value_layout"]),
+        x.to(**at),
+        attended.to(**at),
+    )
 
 
 def map_rows(model: Any, path: str, like: Tensor, width: int, rows: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from nnsight_transcoders.circuits.freeze import (
     mlp_sides,
 )
 from nnsight_transcoders.circuits.layer_features import ActiveFeatures
-from nnsight_transcoders.circuits.targets import TargetSpec, choose_targets
+from nnsight_transcoders.circuits.targets import choose_targets
 from nnsight_transcoders.sets import TranscoderSet
 from nnsight_transcoders.sites import Sites
 
@@ -117,7 +117,8 @@ def prepare(task: GraphTask, run: Run, probed: list[Any]) -> Prepared:
         task.request.max_n_logits,
         task.request.desired_logit_prob,
     )
-    candidates = _nodes(run, active, chosen, task.request.position)
+    nothing = {"constants": [], "final_constants": torch.zeros(0)}  # only edges need them
+    candidates = Candidates.numbered(run, active, chosen, task.request.position, **nothing)
     there = "on the server" if where is None else f"here, with weights from {where}"
     logger.info("edges are computed %s", there)
     return Prepared(run, weights, where, norms, sides, active, candidates)
@@ -139,21 +140,4 @@ def problem_of(task: GraphTask, prepared: Prepared) -> EdgeProblem:
         prepared.candidates.chosen,
         task.request.position,
         settings,
-    )
-
-
-def _nodes(run: Run, active: ActiveFeatures, chosen: TargetSpec, position: int) -> Candidates:
-    """The candidate nodes without what only computing edges needs."""
-    none = torch.zeros(0, dtype=torch.long)
-    layers = [torch.full_like(f.position, number) for number, f in active.layers.items()]
-    return Candidates(
-        run=run,
-        active=active,
-        chosen=chosen,
-        position=position,
-        layer=torch.cat([none, *layers]),
-        positions=torch.cat([none, *(f.position for f in active.layers.values())]),
-        sources={},
-        constants=[],
-        final_constants=torch.zeros(0),
     )
