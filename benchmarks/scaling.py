@@ -88,7 +88,7 @@ def measured(case: Case, work: Path, offload: str = "") -> dict[str, Any]:
     return json.loads((folder / "out.json").read_text())
 
 
-def row(case: Case, record: dict[str, Any], label: str) -> str:
+def row(record: dict[str, Any], label: str) -> str:
     """One line of a table."""
     seconds, megabytes = record["seconds"], record["megabytes"]
     base = megabytes.pop("loaded")
@@ -102,7 +102,6 @@ def row(case: Case, record: dict[str, Any], label: str) -> str:
         f"{max(megabytes[phase] for phase in megabytes if phase != 'load'):.0f}",
         f"{record['completeness_error']:.0e}",
     ]
-    del case
     return "| " + " | ".join(cells) + " |"
 
 
@@ -128,12 +127,12 @@ def main() -> None:
         say(HEADER.format("T, offload"))
         for case, offload in long_prompts():
             record = measured(case, work, offload)
-            say(row(case, record, f"{case.n_positions}, {offload or 'none'}"))
+            say(row(record, f"{case.n_positions}, {offload or 'none'}"))
         return
     for name in arguments.series or series():
         say(f"\n## {name}\n\n" + HEADER.format(name))
         for case in series()[name]:
-            say(row(case, measured(case, work), case.name.rpartition("-")[2]))
+            say(row(measured(case, work), case.name.rpartition("-")[2]))
             shutil.rmtree(work / case.name)  # sets are large
 
 

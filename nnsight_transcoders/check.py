@@ -25,7 +25,7 @@ from .errors import InputError, SiteError
 from .models import hf_module
 from .sets import TranscoderSet
 from .sites import Sites, resolve_sites
-from .transcoder import CrossLayerPart, Transcoder, TranscoderConfig
+from .transcoder import CrossLayerPart, Transcoder, TranscoderConfig, dtype_name
 
 logger = logging.getLogger(__name__)
 
@@ -210,7 +210,7 @@ def random_transcoders(
             d_transcoder=d_transcoder,
             layer=layer,
             skip=kind == "skip",
-            dtype=str(dtype).removeprefix("torch."),
+            dtype=dtype_name(dtype),
             **config,
         )
         threshold = torch.full((d_transcoder,), 0.3, dtype=dtype)

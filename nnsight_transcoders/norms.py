@@ -6,7 +6,9 @@ is the gain or the gain minus one (Gemma). No config says so, but their output d
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +45,10 @@ class NormSpec:
         """Site N0: ``x`` after the division, before gain and bias."""
         scale = self.scale(x)
         return (x - x.mean(-1, keepdim=True) if self.centred else x) * scale
+
+    def site_n0(self, x: Tensor) -> Tensor:
+        """``normalise``, in the dtype of ``x`` but computed in float32 at least."""
+        return self.normalise(x.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
         """The norm itself."""
@@ -84,12 +90,36 @@ def norm_spec(norm: nn.Module, path: str, x: Tensor) -> NormSpec:
     ]
     errors = [relative_difference(spec(x), out) for spec in candidates]
     best = min(range(len(errors)), key=errors.__getitem__)
-    if not errors[best] <= limit:
-        raise SiteError(
-            f"{path} ({type(norm).__name__}) is neither a LayerNorm nor an RMSNorm: the nearest "
-            f"such norm differs by {errors[best]:.1e} (relative)"
-        )
+    check_norm(f"{path} ({type(norm).__name__})", errors[best], limit)
     return candidates[best]
+
+
+def check_norm(name: str, difference: float, limit: float) -> None:
+    """Check that a norm is what it was taken for.
+
+    Args:
+        name: The norm.
+        difference: How far (relatively) the nearest LayerNorm or RMSNorm is from it.
+        limit: What rounding explains.
+
+    Raises:
+        SiteError: It is neither.
+    """
+    if not difference <= limit:
+        raise SiteError(
+            f"{name} is neither a LayerNorm nor an RMSNorm: the nearest such norm differs by "
+            f"{difference:.1e} (relative)"
+        )
+
+
+def spec_of_probe(name: str, found: Mapping[str, Any], limit: float) -> NormSpec:
+    """A norm as ``remote.norm_probe.probe_norm`` found it.
+
+    Raises:
+        SiteError: It is neither a LayerNorm nor an RMSNorm.
+    """
+    check_norm(name, found["difference"], limit)
+    return NormSpec(found["gain"], found["bias"], found["eps"], found["centred"])
 
 
 def relative_difference(found: Tensor, expected: Tensor) -> float:

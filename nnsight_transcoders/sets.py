@@ -26,6 +26,7 @@ from .transcoder import (
     Transcoder,
     TranscoderConfig,
     cross_layer_decode,
+    dtype_name,
 )
 
 
@@ -357,7 +358,7 @@ def _converted(
     module: Transcoder | CrossLayerPart, device: torch.device, dtype: torch.dtype
 ) -> Transcoder | CrossLayerPart:
     """A converted copy: the source may hand out the user's own module, which stays as it is."""
-    config = module.config.replace(dtype=str(dtype).removeprefix("torch."))
+    config = module.config.replace(dtype=dtype_name(dtype))
     threshold = getattr(module.activation, "threshold", None)
     if threshold is not None:
         threshold = threshold.detach().to(device, dtype)

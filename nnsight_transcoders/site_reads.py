@@ -50,9 +50,7 @@ def read_values(
 
 def site_n0(model: Any, norm: dict[str, Any], value: Tensor) -> Tensor:
     """The value behind a norm's division, before its gain, in the dtype of the residual value."""
-    spec = called_norm(model, norm, value)
-    wide = torch.promote_types(value.dtype, torch.float32)
-    return spec.normalise(value.to(wide)).to(value.dtype)
+    return called_norm(model, norm, value).site_n0(value)
 
 
 def called_norm(model: Any, norm: dict[str, Any], like: Tensor) -> NormSpec:

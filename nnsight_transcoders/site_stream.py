@@ -20,7 +20,7 @@ from .circuits.collect import token_ids_of
 from .circuits.invariant_job import called_norms
 from .errors import InputError, JobLostError, ServerUnreachableError, SiteError
 from .models import hf_module
-from .norms import TOLERANCE, NormSpec
+from .norms import TOLERANCE, NormSpec, spec_of_probe
 from .remote.calls import Job, call, submit
 from .remote.server import Remote, RemoteServer, remote_server
 from .remote.weights import epsilons
@@ -222,12 +222,7 @@ def remote_norm(model: Any, sites: Sites, layer: int, server: RemoteServer) -> N
     norm = norm_to_probe(hf_module(model, weights=False), sites, layer)
     ids = torch.zeros(1, 1, dtype=torch.long)
     found = call(model, ids, called_norms, sites.embed, [norm], remote=server, stop=True)[0]
-    if not found["difference"] <= norm["limit"]:
-        raise SiteError(
-            f"{norm['path']} is neither a LayerNorm nor an RMSNorm: the nearest such norm differs "
-            f"by {found['difference']:.1e} (relative)"
-        )
-    return NormSpec(found["gain"], found["bias"], found["eps"], found["centred"])
+    return spec_of_probe(norm["path"], found, norm["limit"])
 
 
 def norm_to_probe(module: nn.Module, sites: Sites, layer: int) -> dict[str, Any]:

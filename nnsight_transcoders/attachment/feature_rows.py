@@ -16,7 +16,7 @@ from torch import Tensor
 from nnsight_transcoders.errors import InputError
 from nnsight_transcoders.layer_sources import Rows
 from nnsight_transcoders.sets import TranscoderSet
-from nnsight_transcoders.transcoder import CrossLayerPart, Transcoder
+from nnsight_transcoders.transcoder import CrossLayerPart, Transcoder, dtype_name
 
 #: Activations of which one feature can be known without the others.
 ELEMENTWISE = ("relu", "jumprelu", "batchtopk")
@@ -56,7 +56,7 @@ class FeatureRows:
         threshold = getattr(whole.activation, "threshold", None)
         if threshold is not None:
             threshold = (threshold[index] if threshold.dim() else threshold).detach().clone()
-        dtype = str(whole.W_enc.dtype).removeprefix("torch.")
+        dtype = dtype_name(whole.W_enc.dtype)
         with torch.device("meta"):
             part = (
                 CrossLayerPart(config.replace(dtype=dtype), whole.targets, threshold)

@@ -27,6 +27,7 @@ from nnsight_transcoders.remote.server import RemoteServer
 from nnsight_transcoders.remote.shipping import entry_of, shipped_sources
 from nnsight_transcoders.site_stream import norm_to_probe
 from nnsight_transcoders.sites import Sites
+from nnsight_transcoders.transcoder import dtype_name
 
 from . import feature_edits
 from .remote_layers import build
@@ -147,9 +148,7 @@ class MountedTranscoders(Envoy):
             )
             own = r.transcoder
             parts[layer] = {
-                "config": own.config.replace(
-                    extra={}, dtype=str(own.W_enc.dtype).removeprefix("torch.")
-                ).to_dict(),
+                "config": own.config.replace(extra={}, dtype=dtype_name(own.W_enc.dtype)).to_dict(),
                 "targets": getattr(own, "targets", None),
                 "state": {k: v.detach().cpu() for k, v in own.state_dict().items()},
             }

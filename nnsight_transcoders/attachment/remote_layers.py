@@ -169,8 +169,7 @@ class RemoteLayer:
     def begin(self, x: Tensor, index: Tensor, state: dict[int, RemoteLayer]) -> None:
         """Start a step at the input site's value ``(batch, pos, d_in)``."""
         if self._norm is not None:
-            wide = torch.promote_types(x.dtype, torch.float32)
-            x = self._norm.normalise(x.to(wide)).to(x.dtype)
+            x = self._norm.site_n0(x)
         self.check()
         self.replacement.to(x.device)
         self._x, self._below = x, dict(state)

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from nnsight.intervention.interleaver import OutOfOrderError
 from nnsight.intervention.iterator import Iterations
 from torch import Tensor, nn
@@ -64,8 +63,7 @@ class Splice:
         shape = (*token_index.shape, mlp_in.shape[-1])
         x = (mlp_in if residual is None else residual).reshape(shape)
         if self.norm is not None:
-            wide = torch.promote_types(x.dtype, torch.float32)
-            x = self.norm.normalise(x.to(wide)).to(x.dtype)
+            x = self.norm.site_n0(x)
         written = self.output
         if self.replacement.needs_mlp:
             output = edited.get(written).output

@@ -19,18 +19,19 @@ from nnsight_transcoders.errors import InputError, SiteError
 from nnsight_transcoders.models import hf_module
 from nnsight_transcoders.sets import TranscoderSet
 from nnsight_transcoders.sites import Sites, resolve_sites
+from nnsight_transcoders.transcoder import dtype_name
 
 from .active import Offload, active_features
 from .assemble import assemble
 from .autograd import AutogradEngine
 from .candidates import Candidates, Engine
-from .collect import Run, collect, token_ids_of, token_texts
+from .collect import Run, collect, position_in, token_ids_of, token_texts
 from .edge_table import edge_table
 from .edges import MEMORY_BUDGET
 from .engine import OperatorEngine
 from .expand import expand
 from .graph import AttributionGraph
-from .provenance import dtype_name, provenance
+from .provenance import provenance
 from .targets import Target, choose_targets
 
 if TYPE_CHECKING:
@@ -132,9 +133,7 @@ def attribute(
     transcoders.check_model(sites.d_model, sites.n_layers, type(module).__name__)
     check_transcodes(transcoders)
     token_ids = token_ids_of(model, prompt, sites)
-    if not -len(token_ids) <= position < len(token_ids):
-        raise InputError(f"position {position} is outside the prompt of {len(token_ids)} tokens")
-    position %= len(token_ids)
+    position = position_in(position, len(token_ids))
     run = collect(model, sites, token_ids, [position])
     engine, used = _engine(model, module, sites, run, transcoders, method)
     chosen = choose_targets(

@@ -100,6 +100,17 @@ def token_ids_of(model: Any, prompt: str | Sequence[int] | Tensor, sites: Sites)
     return ids
 
 
+def position_in(position: int, length: int) -> int:
+    """A position of a prompt, counted from its first token.
+
+    Raises:
+        InputError: It is outside the prompt.
+    """
+    if not -length <= position < length:
+        raise InputError(f"position {position} is outside the prompt of {length} tokens")
+    return position % length
+
+
 def token_texts(model: Any, token_ids: Tensor) -> tuple[str, ...]:
     """Each of the token ids ``(T,)`` as text; ``<id>`` without a tokenizer."""
     tokenizer = getattr(model, "tokenizer", None)

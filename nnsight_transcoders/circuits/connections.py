@@ -195,41 +195,47 @@ def strongest_connections(
         for source in (transcoders.layers if sources is None else sources)
         if transcoders.targets(source)[0] < invariant.limit(target, head)
     ]
+    # Pairs of one target follow each other: its encoder is read once for all of them.
+    read_of: int | None = None
+    read = torch.empty(0)
     for source, target in tqdm(pairs, desc="layers", disable=not verbose, leave=False):
         limit = invariant.limit(target, head)
         written = [
             invariant.written_below(transcoders, source, chunk, limit)
             for chunk in _chunks(transcoders, source, "decoder")
         ]
-        read = [
-            invariant.read(transcoders, target, chunk)
-            for chunk in _chunks(transcoders, target, "encoder")
-        ]
+        if target != read_of:
+            chunks = (
+                invariant.read(transcoders, target, chunk)
+                for chunk in _chunks(transcoders, target, "encoder")
+            )
+            read_of, read = target, torch.cat([c if ov is None else c @ ov.out for c in chunks])
         if ov is not None:  # both sides meet in the head's own width
             written = [chunk @ ov.value.T for chunk in written]
-            read = [chunk @ ov.out for chunk in read]
-        _search(best, source, target, torch.cat(written), torch.cat(read))
+        _search(best, source, target, torch.cat(written), read)
     return best.connections()
 
 
 def _search(best: _Best, source: int, target: int, written: Tensor, read: Tensor) -> None:
     """Put the largest of ``written @ read.T`` among the best."""
-    for rows, write_chunk, write_norm in _by_norm(written):
-        for columns, read_chunk, read_norm in _by_norm(read):
+    by_norm = _by_norm(read)
+    for rows, write_norm in _by_norm(written):
+        write_chunk = written[rows]
+        for columns, read_norm in by_norm:
             if write_norm * read_norm * (1 + 1e-5) <= best.threshold:
                 break  # the chunks that follow are smaller still
-            weights = (write_chunk @ read_chunk.T).flatten()
+            weights = (write_chunk @ read[columns].T).flatten()
             above = (weights.abs() > best.threshold).nonzero().flatten()
             top = above[weights[above].abs().topk(min(best.k, len(above))).indices]
             row = rows[top // len(columns)]
             best.add(source, target, row, columns[top % len(columns)], weights[top])
 
 
-def _by_norm(vectors: Tensor) -> Iterator[tuple[Tensor, Tensor, float]]:
-    """Chunks of rows, largest norm first: their numbers, themselves, and the largest norm."""
+def _by_norm(vectors: Tensor) -> list[tuple[Tensor, float]]:
+    """Chunks of rows, largest norm first: their numbers, and the largest norm."""
     norms = vectors.norm(dim=1)
-    for rows in norms.argsort(descending=True).split(CHUNK_ROWS):
-        yield rows, vectors[rows], float(norms[rows[0]])
+    chunks = norms.argsort(descending=True).split(CHUNK_ROWS)
+    return [(rows, float(norms[rows[0]])) for rows in chunks]
 
 
 def _chunks(

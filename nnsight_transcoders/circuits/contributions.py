@@ -30,7 +30,7 @@ from nnsight_transcoders.sets import TranscoderSet
 from nnsight_transcoders.sites import Sites, resolve_sites
 
 from .active import ActiveFeatures, active_features
-from .collect import Run, collect, token_ids_of, token_texts
+from .collect import Run, collect, position_in, token_ids_of, token_texts
 from .engine import OperatorEngine
 from .feature_vectors import Contribution, FeatureVector
 from .freeze import frozen_attention
@@ -349,7 +349,4 @@ class CircuitRun:
         return self.run.mid[n_mlp].to(stream.dtype) if n_attention > n_mlp else stream
 
     def _at(self, position: int) -> int:
-        length = self.run.n_positions
-        if not -length <= position < length:
-            raise InputError(f"position {position} is outside the prompt of {length} tokens")
-        return position % length
+        return position_in(position, self.run.n_positions)

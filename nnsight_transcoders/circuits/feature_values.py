@@ -193,8 +193,10 @@ class FeatureValues:
         dense = torch.zeros(n_positions, self._width[side], dtype=torch.float64)
         for layer, (features, columns) in chosen.items():
             position, index, activation, _ = (part.cpu() for part in active[layer])
-            table = torch.zeros(n_positions, self._set.config(layer).d_transcoder)
-            table = table.double()
-            table[position, index] = activation.double()
-            dense[:, columns] = table[:, features]
+            which, place = features.unique(return_inverse=True)
+            mine = torch.isin(index, which)
+            table = torch.zeros(n_positions, len(which), dtype=torch.float64)
+            at = torch.searchsorted(which, index[mine])
+            table[position[mine], at] = activation[mine].double()
+            dense[:, columns] = table[:, place]
         return dense

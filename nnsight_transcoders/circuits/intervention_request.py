@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from nnsight_transcoders.errors import PayloadTooLargeError, SiteError
 from nnsight_transcoders.models import hf_module
-from nnsight_transcoders.norms import TOLERANCE
+from nnsight_transcoders.norms import TOLERANCE, check_norm
 from nnsight_transcoders.remote.calls import call
 from nnsight_transcoders.remote.payload import (
     MARGIN,
@@ -35,6 +35,7 @@ from nnsight_transcoders.remote.shipping import entry_of
 from nnsight_transcoders.remote.weights import norm_requests
 from nnsight_transcoders.sets import TranscoderSet
 from nnsight_transcoders.sites import Sites
+from nnsight_transcoders.transcoder import dtype_name
 
 from .collect import eager_attention
 from .freeze import attribution_dtype, no_values, not_explained
@@ -180,7 +181,7 @@ class PatchedModel:
             "parallel": sites.parallel,
             "d_model": sites.d_model,
             "heads": (sites.n_value_heads, sites.head_dim),
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": dtype_name(self.dtype),
             "freeze": self.patching.freeze,
             "norms": norms,
             "position": asked.position,
@@ -241,11 +242,7 @@ class PatchedModel:
     def _check(self, answer: Mapping[str, Any]) -> None:
         limit = TOLERANCE[self.model_dtype]
         for norm, difference in zip(self._context["norms"], answer["norms"], strict=True):
-            if not difference <= limit:
-                raise SiteError(
-                    f"{norm['path']} is neither a LayerNorm nor an RMSNorm: the nearest such norm "
-                    f"differs by {difference:.1e} (relative)"
-                )
+            check_norm(norm["path"], difference, limit)
         for layer, difference in zip(self.sites.layers, answer["attention"], strict=False):
             if difference is None:
                 raise SiteError(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nnsight_transcoders.sets import TranscoderSet
 
+from .collect import token_texts
 from .graph import LOGIT, AttributionGraph
 from .grouping import NodeKey
 from .intervention_measure import Measured, measure
@@ -56,9 +57,8 @@ class Intervention:
 
     def top_tokens(self, model: Any, k: int = 5) -> list[tuple[str, float, float]]:
         """The most likely next tokens with the intervention: (text, probability before, after)."""
-        best = self.probabilities_after.topk(k).indices.tolist()
-        tokenizer = getattr(model, "tokenizer", None)
-        names = [f"<{i}>" if tokenizer is None else tokenizer.decode([i]) for i in best]
+        best = self.probabilities_after.topk(k).indices
+        names = token_texts(model, best)
         chances = [(self.probabilities_before[i], self.probabilities_after[i]) for i in best]
         return [(name, float(a), float(b)) for name, (a, b) in zip(names, chances, strict=True)]
 

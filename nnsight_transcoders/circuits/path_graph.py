@@ -22,6 +22,7 @@ from torch import Tensor
 
 from nnsight_transcoders._version import __version__
 from nnsight_transcoders.errors import InputError
+from nnsight_transcoders.transcoder import dtype_name
 
 from .contributions import CircuitRun
 from .feature_vectors import Contribution, FeatureVector
@@ -284,7 +285,7 @@ def _metadata(circuit: CircuitRun, dtype: torch.dtype, n_paths: int) -> dict[str
     return {
         "n_layers": circuit.frozen.n_layers,
         "method": "paths",
-        "attribution_dtype": str(dtype).removeprefix("torch."),
+        "attribution_dtype": dtype_name(dtype),
         "transcoder_layers": sorted(circuit.active.layers),
         "settings": {"n_paths": n_paths},
         "versions": {"nnsight-transcoders": __version__},

@@ -12,6 +12,7 @@ from nnsight_transcoders._version import __version__
 from nnsight_transcoders.models import hub_name
 from nnsight_transcoders.sets import TranscoderSet
 from nnsight_transcoders.sites import Sites
+from nnsight_transcoders.transcoder import dtype_name
 
 
 def provenance(
@@ -31,8 +32,3 @@ def provenance(
         "versions": {"nnsight-transcoders": __version__}
         | {name: version(name) for name in ("nnsight", "torch", "transformers")},
     }
-
-
-def dtype_name(dtype: Any) -> str:
-    """``torch.float32`` as ``"float32"``."""
-    return str(dtype).removeprefix("torch.")

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from nnsight_transcoders.errors import InputError
 
+from .collect import position_in
 from .contributions import CircuitRun
 from .remote_scores import attention_scores
 from .scores import Affine
@@ -93,10 +94,7 @@ def qk_attribution(
     for name, value, size in (("layer", layer, sites.n_layers), ("head", head, sites.n_heads)):
         if not 0 <= value < size:
             raise InputError(f"{name} must be 0 to {size - 1}, got {value}")
-    for position in (source, destination):
-        if not -length <= position < length:
-            raise InputError(f"position {position} is outside the prompt of {length} tokens")
-    source, destination = source % length, destination % length
+    source, destination = position_in(source, length), position_in(destination, length)
     if source > destination:
         raise InputError(f"position {destination} does not look ahead to position {source}")
     attention = attention_scores(circuit, layer)

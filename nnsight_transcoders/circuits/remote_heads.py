@@ -20,6 +20,7 @@ from torch import Tensor
 from nnsight_transcoders.norms import TOLERANCE
 from nnsight_transcoders.remote.problem import packed_norm
 from nnsight_transcoders.sites import Sites
+from nnsight_transcoders.transcoder import dtype_name
 
 from .collect import Run
 from .feature_vectors import Contribution, FeatureVector
@@ -55,7 +56,7 @@ class ServerHeads:
             "layers": layers,
             "heads": (sites.n_value_heads, sites.head_dim),
             "out_width": sites.n_heads * sites.head_dim,
-            "dtype": str(frozen.dtype).removeprefix("torch."),
+            "dtype": dtype_name(frozen.dtype),
         }
         # A target is kept with its terms, so that no other one gets its id.
         self._terms: dict[int, tuple[FeatureVector, Terms]] = {}

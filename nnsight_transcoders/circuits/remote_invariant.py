@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnsight_transcoders.errors import SiteError
 from nnsight_transcoders.models import hf_module
-from nnsight_transcoders.norms import TOLERANCE, NormSpec
+from nnsight_transcoders.norms import TOLERANCE, NormSpec, spec_of_probe
 from nnsight_transcoders.remote.calls import call
 from nnsight_transcoders.remote.server import RemoteServer
 from nnsight_transcoders.remote.weights import epsilons, norm_requests
 from nnsight_transcoders.sites import Sites, resolve_sites
+from nnsight_transcoders.transcoder import dtype_name
 
 from .collect import Run, eager_attention
 from .freeze import attribution_dtype, no_values, not_explained
@@ -57,14 +57,12 @@ class RemoteInvariantModel(InvariantModel):
 
     def norm(self, path: str) -> FrozenNorm:
         """See ``InvariantModel.norm``."""
-        found = self._norms_there[path]
-        if not found["difference"] <= TOLERANCE[self._model_dtype]:
-            raise SiteError(
-                f"{path} is neither a LayerNorm nor an RMSNorm: the nearest such norm differs by "
-                f"{found['difference']:.1e} (relative)"
-            )
-        gain = found["gain"].to(self.dtype)
-        return FrozenNorm(gain, None, gain.new_ones(1, 1), found["centred"])
+        spec = self._spec(path)
+        gain = spec.gain.to(self.dtype)
+        return FrozenNorm(gain, None, gain.new_ones(1, 1), spec.centred)
+
+    def _spec(self, path: str) -> NormSpec:
+        return spec_of_probe(path, self._norms_there[path], TOLERANCE[self._model_dtype])
 
     def push(self, head: Head, vectors: Tensor) -> Tensor:
         """See ``InvariantModel.push``."""
@@ -124,9 +122,7 @@ class RemoteInvariantModel(InvariantModel):
     def norm_spec(self, path: str, x: Tensor) -> NormSpec:
         """See ``InvariantModel.norm_spec``."""
         del x
-        self.norm(path)  # checks it
-        found = self._norms_there[path]
-        return NormSpec(found["gain"], found["bias"], found["eps"], found["centred"])
+        return self._spec(path)
 
     def run(self, token_ids: Tensor) -> Run:
         """See ``InvariantModel.run``: one request."""
@@ -152,7 +148,7 @@ class RemoteInvariantModel(InvariantModel):
             "n_heads": sites.n_heads,
             "chosen": list(range(sites.n_heads)) if index is None else [index],
             "out_width": sites.n_heads * sites.head_dim,
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": dtype_name(self.dtype),
         }
         with eager_attention(self.module):
             *found, difference = self._call(function, spec, *args)

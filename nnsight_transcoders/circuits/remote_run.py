@@ -30,6 +30,7 @@ from nnsight_transcoders.remote.weights import (
     projections,
 )
 from nnsight_transcoders.sites import Sites
+from nnsight_transcoders.transcoder import dtype_name
 
 from .attention_weights import Linear
 from .collect import Run, check_patterns, eager_attention, run_parts
@@ -86,17 +87,7 @@ class ServerWeights(RemoteWeights):
         sizes = {path: self._bytes(path) for path, _ in self._maps()}
         logger.info("asking the server for its attention maps: %s", megabytes(sum(sizes.values())))
         for part in self._parts(sizes):
-            server = replace(self._server, dtype=None)
-            found = call(
-                self._model,
-                self._ids,
-                linear_maps,
-                self._sites.embed,
-                part,
-                self._server.dtype,
-                remote=server,
-                stop=True,
-            )
+            found = self._call(self._ids, linear_maps, self._sites.embed, part, self._server.dtype)
             self._received.update({path: one for (path, _), one in zip(part, found, strict=True)})
 
     def linear(self, path: str, width: int, dtype: torch.dtype) -> Linear:
@@ -117,15 +108,12 @@ class ServerWeights(RemoteWeights):
     def ask(self, function: Callable[..., Any], *args: Any) -> Any:
         """Run a shipped function on the server's run of the prompt, attention in its eager form."""
         with eager_attention(self._module):
-            return call(
-                self._model,
-                self._ids,
-                function,
-                *args,
-                remote=replace(self._server, dtype=None),
-                stop=True,
-                use_cache=False,
-            )
+            return self._call(self._ids, function, *args, use_cache=False)
+
+    def _call(self, ids: Tensor, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """Run a shipped function there; what it gives comes back in the dtype that it has."""
+        server = replace(self._server, dtype=None)
+        return call(self._model, ids, function, *args, remote=server, stop=True, **options)
 
     def rows(
         self, wanted: Sequence[tuple[str, Sequence[int]]], width: int, dtype: torch.dtype
@@ -142,17 +130,9 @@ class ServerWeights(RemoteWeights):
         keys = [(path, tuple(rows)) for path, rows in wanted]
         missing = [key for key in keys if key[0] not in here and key not in self._rows]
         if missing:
-            found = call(
-                self._model,
-                self._ids[:, :1],
-                rows_of_maps,
-                self._sites.embed,
-                [(path, list(rows)) for path, rows in missing],
-                width,
-                self._server.dtype,
-                remote=replace(self._server, dtype=None),
-                stop=True,
-            )
+            asked = [(path, list(rows)) for path, rows in missing]
+            embed, name = self._sites.embed, self._server.dtype
+            found = self._call(self._ids[:, :1], rows_of_maps, embed, asked, width, name)
             self._rows.update(zip(missing, found, strict=True))
         return [
             self.linear(path, width, dtype)[0][list(rows)]
@@ -168,18 +148,9 @@ class ServerWeights(RemoteWeights):
 
     def logit_directions(self, tokens: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Demeaned rows of the unembedding ``(n, D)`` and their biases, made on the server."""
-        name = str(dtype).removeprefix("torch.")
         paths = (self._sites.embed, self._sites.unembed)
-        server = replace(self._server, dtype=None)
-        return call(
-            self._model,
-            self._ids[:, :1],
-            unembedding_rows,
-            *paths,
-            list(tokens),
-            name,
-            remote=server,
-            stop=True,
+        return self._call(
+            self._ids[:, :1], unembedding_rows, *paths, list(tokens), dtype_name(dtype)
         )
 
     def _maps(self) -> list[tuple[str, int]]:
@@ -204,6 +175,29 @@ class ServerWeights(RemoteWeights):
             part.append(one)
             total += sizes[one[0]]
         yield part
+
+
+def received_run(packed: dict[str, Any], token_ids: Tensor, sites: Sites) -> Run:
+    """A run from what ``packing.read_packed`` gave.
+
+    Args:
+        packed: Its answer.
+        token_ids: The prompt ``(T,)``.
+        sites: The model's sites.
+
+    Raises:
+        SiteError: It lacks attention patterns.
+    """
+    if "without_pattern" in packed:
+        path = sites.layers[packed["without_pattern"]].attention
+        raise SiteError(
+            f"the server's {path} handed out no attention pattern: this server does not run "
+            "attention in its eager form when a request asks for it (nnsight 0.8 does), or "
+            "this attention has no pattern. The model cannot be traced there"
+        )
+    run = Run(token_ids=token_ids, **unpack_run(packed))
+    check_patterns(run, sites)
+    return run
 
 
 def collect_remote(
@@ -241,15 +235,9 @@ def collect_remote(
             server.dtype,
             remote=server,
         )
-    if "without_pattern" in packed:
-        path = sites.layers[packed["without_pattern"]].attention
-        raise SiteError(f"the server's {path} handed out no attention pattern")
-    run = Run(token_ids=token_ids, **unpack_run(packed))
-    check_patterns(run, sites)
+    run = received_run(packed, token_ids, sites)
     found = {norm["path"]: one for norm, one in zip(norms, packed["norms"], strict=True)}
-    checkpoint, where = None, None
-    if weights != "server":
-        checkpoint, where = projections(model, module, weights)
+    checkpoint, where = projections(model, module, weights)
     on_client = where is not None
     there = ServerWeights(model, module, sites, found, checkpoint, server, ids, on_client=on_client)
     return run, there

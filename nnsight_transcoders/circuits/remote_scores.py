@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from nnsight_transcoders.errors import SiteError
 from nnsight_transcoders.models import hf_module
-from nnsight_transcoders.norms import TOLERANCE, NormSpec, relative_difference
+from nnsight_transcoders.norms import TOLERANCE, NormSpec, relative_difference, spec_of_probe
 from nnsight_transcoders.remote.weights import epsilons
 
 from .contributions import CircuitRun
@@ -123,13 +124,9 @@ class RemoteScores(AttentionScores):
         return found
 
     def _spec(self, path: str, found: Mapping[str, Any], circuit: CircuitRun) -> NormSpec:
-        if not found["difference"] <= TOLERANCE[circuit.run.final.dtype]:
-            raise SiteError(
-                f"{path} is neither a LayerNorm nor an RMSNorm: the nearest such norm differs by "
-                f"{found['difference']:.1e} (relative)"
-            )
-        gain, bias = (cast_floats(found[name], self._dtype) for name in ("gain", "bias"))
-        return NormSpec(gain, bias, found["eps"], found["centred"])
+        spec = spec_of_probe(path, found, TOLERANCE[circuit.run.final.dtype])
+        gain, bias = (cast_floats(value, self._dtype) for value in (spec.gain, spec.bias))
+        return replace(spec, gain=gain, bias=bias)
 
     def _leaves(self, *, zero: bool = False) -> dict[str, Tensor]:
         if zero:

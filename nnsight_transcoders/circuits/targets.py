@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nnsight_transcoders.errors import InputError
 from nnsight_transcoders.sites import Sites
 
-from .collect import Run
+from .collect import Run, token_texts
 from .freeze import logit_directions
 from .model_weights import ModelWeights
 
@@ -147,10 +147,8 @@ def _tokens(
     else:
         direction, bias = logit_directions(module, sites, index, dtype)
     logits = run.logits[0].to(dtype)
-    tokenizer = getattr(model, "tokenizer", None)
-    names = [f"<{i}>" if tokenizer is None else tokenizer.decode([i]) for i in ids]
     return TargetSpec(
-        names=tuple(names),
+        names=token_texts(model, index),
         index=index,
         direction=direction,
         bias=bias,

@@ -21,6 +21,7 @@ from nnsight_transcoders.remote.server import Remote
 from nnsight_transcoders.sets import TranscoderSet
 from nnsight_transcoders.sites import Sites
 
+from .collect import token_texts
 from .graph import FEATURE, AttributionGraph
 from .invariant import InvariantModel, invariant_model
 from .virtual_weights import de_embed, logits_of, read_vectors, write_vectors
@@ -117,7 +118,7 @@ def feature_details(
     keys = [f"{layer}_{i}" for layer, features in by_layer.items() for i in features]
     return {
         key: {
-            name: list(zip(_texts(model, ids[n]), values[n].tolist(), strict=True))
+            name: list(zip(token_texts(model, ids[n]), values[n].tolist(), strict=True))
             for name, (values, ids) in lists.items()
         }
         for n, key in enumerate(keys)
@@ -135,8 +136,3 @@ def _vectors_of(
         rows = transcoders.rows(layer, features, "encoder")
         read.append(invariant.read(transcoders, layer, rows))
     return torch.cat(written), torch.cat(read)
-
-
-def _texts(model: Any, ids: Tensor) -> list[str]:
-    tokenizer = getattr(model, "tokenizer", None)
-    return [f"<{i}>" if tokenizer is None else tokenizer.decode([i]) for i in ids.tolist()]

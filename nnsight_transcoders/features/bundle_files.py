@@ -44,7 +44,7 @@ from nnsight_transcoders.errors import CheckpointError, InputError
 from nnsight_transcoders.hub.staging import write_json, write_tensors
 
 from .coactive import coactive_features
-from .statistics import FeatureStatistics, StatisticsConfig
+from .statistics import SUMS, FeatureStatistics, StatisticsConfig
 from .windows import window_counts
 
 INDEX, TABLES, LABELS = "bundle.json", "features.safetensors", "labels.json"
@@ -120,8 +120,7 @@ def write_bundle(
 
 
 def _tables(statistics: FeatureStatistics) -> dict[str, Tensor]:
-    names = ("count", "total", "maximum", "exponent", "histogram")
-    tables = {name: getattr(statistics, name) for name in names}
+    tables = {name: getattr(statistics, name) for name in SUMS}
     tables["top.value"], tables["top.peak"] = statistics.top_entries()
     tables["top.window"] = statistics.top.payload["window"]
     shape = (statistics.n_features, statistics.config.n_bands)

@@ -40,6 +40,10 @@ from .windows import window_digests
 #: Exponent of a feature that was never active.
 NEVER = -(2**31)
 
+#: The sums of a feature, by name, and the tables beside them.
+SUMS = ("count", "total", "maximum", "exponent", "histogram")
+TABLES = ("top", "bands", "sketch", "reference")
+
 #: Corpora are addressed with 32 bits.
 _LIMIT = 2**32 - 1
 
@@ -230,20 +234,19 @@ class FeatureStatistics:
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything it holds, by name, for a file that ``load`` reads."""
-        names = ("count", "total", "maximum", "exponent", "histogram")
-        out = {name: getattr(self, name) for name in names}
+        out = {name: getattr(self, name) for name in SUMS}
         out["seen"] = torch.tensor([self.n_tokens, self.n_positions])
-        for table in ("top", "bands", "sketch", "reference"):
+        for table in TABLES:
             held: BestTable | ReferenceWindows = getattr(self, table)
             out |= {f"{table}.{name}": tensor for name, tensor in held.tensors().items()}
         return out
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over what ``tensors`` gave for the same F and config."""
-        for name in ("count", "total", "maximum", "exponent", "histogram"):
+        for name in SUMS:
             getattr(self, name).copy_(tensors[name])
         self.n_tokens, self.n_positions = tensors["seen"].tolist()
-        for table in ("top", "bands", "sketch", "reference"):
+        for table in TABLES:
             held: BestTable | ReferenceWindows = getattr(self, table)
             held.load({n: tensors[f"{table}.{n}"] for n in held.tensors()})
 

@@ -21,7 +21,7 @@ from nnsight_transcoders.hub.assets import LIBRARY, assets_folder
 from nnsight_transcoders.hub.hub_snapshot import HubSnapshot
 from nnsight_transcoders.hub.snapshot import Snapshot
 from nnsight_transcoders.hub.staging import write_tensors
-from nnsight_transcoders.hub.tensors import TensorInfo, read_header
+from nnsight_transcoders.hub.tensors import read_header
 
 #: Part of every copy's place: changes when a conversion does, so that old copies are not used.
 VERSION = 1
@@ -78,9 +78,6 @@ class ConvertedSnapshot(Snapshot):
             if other != copy:  # of an earlier state of the file
                 other.unlink(missing_ok=True)
         return copy
-
-    def header(self, name: str) -> dict[str, TensorInfo]:
-        return read_header(self.path(name))
 
     def _copy(self, name: str) -> Path:
         """Where the copy of a file is, made or not."""

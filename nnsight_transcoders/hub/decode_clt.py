@@ -53,12 +53,10 @@ _TYINGS = ("none", "per_source", "per_target")
 
 
 def _config_files(snapshot: Snapshot) -> list[str]:
-    return [
-        name
-        for name in snapshot.files
-        if PurePosixPath(name).name == CONFIG
-        and any(_is_beside(other, name) for other in snapshot.files)
-    ]
+    """The configs with a weights file beside them."""
+    paths = [PurePosixPath(name) for name in snapshot.files]
+    weights = {path.parent for path in paths if path.suffix == ".safetensors"}
+    return [str(path) for path in paths if path.name == CONFIG and path.parent in weights]
 
 
 def _is_beside(name: str, other: str) -> bool:
@@ -67,12 +65,12 @@ def _is_beside(name: str, other: str) -> bool:
 
 
 def _detect(snapshot: Snapshot) -> Evidence | None:
-    for name in _config_files(snapshot):
-        if {"num_features", "num_layers", "activation_fn"} <= set(snapshot.json(name)):
-            seen = f"{name} with num_features, num_layers and activation_fn"
-            return Evidence(Strength.LAYER_CONFIG, seen)
+    found = _config_files(snapshot)
+    wanted = {"num_features", "num_layers", "activation_fn"}
+    if not found or not wanted <= set(snapshot.json(found[0])):
         return None
-    return None
+    seen = f"{found[0]} with num_features, num_layers and activation_fn"
+    return Evidence(Strength.LAYER_CONFIG, seen)
 
 
 def open_decode_clt(
@@ -126,12 +124,12 @@ def _weights(snapshot: Snapshot, config_file: str) -> str:
 
 def _choose(snapshot: Snapshot, folder: str | None) -> str:
     """The config file of the set that is meant."""
-    found = _config_files(snapshot)
+    every = found = _config_files(snapshot)
     if folder is not None:
-        found = [name for name in found if str(PurePosixPath(name).parent) == folder.strip("/")]
+        found = [name for name in every if str(PurePosixPath(name).parent) == folder.strip("/")]
     if len(found) == 1:
         return found[0]
-    known = sorted(str(PurePosixPath(name).parent) for name in _config_files(snapshot))
+    known = sorted(str(PurePosixPath(name).parent) for name in every)
     raise CheckpointError(
         f"{snapshot.where} has {len(found)} folders with {CONFIG} and weights; say which with "
         f"folder=, one of {', '.join(known) or 'none'}"

@@ -39,7 +39,7 @@ from nnsight_transcoders.hub.restricted_pickle import Record, TensorRecord, show
 from nnsight_transcoders.hub.snapshot import Snapshot
 from nnsight_transcoders.hub.source import LayerPlan, TensorRef, TensorSource
 from nnsight_transcoders.hub.torch_files import open_torch_file
-from nnsight_transcoders.transcoder import TranscoderConfig
+from nnsight_transcoders.transcoder import TranscoderConfig, dtype_name
 
 NAME = "dunefsky"
 CENTRED_TARGET = (
@@ -192,7 +192,7 @@ def _check(records: Mapping[str, TensorRecord], cfg: dict[str, Any], where: str)
         raise CheckpointError(f"{where} has weights that are no floating-point numbers")
     if cfg.get("is_transcoder") is False:
         raise CheckpointError(f"{where} is an autoencoder by its config, not a transcoder")
-    return _Head(d_in, width, d_out, str(dtype).removeprefix("torch."), cfg)
+    return _Head(d_in, width, d_out, dtype_name(dtype), cfg)
 
 
 FORMATS = (

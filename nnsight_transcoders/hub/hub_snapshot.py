@@ -19,14 +19,12 @@ from torch import Tensor
 
 from nnsight_transcoders._version import __version__
 from nnsight_transcoders.errors import CheckpointError, ConfigError
-from nnsight_transcoders.hub.assets import assets_folder
+from nnsight_transcoders.hub.assets import LIBRARY, assets_folder
 from nnsight_transcoders.hub.hub_errors import hub_errors, is_unreachable
 from nnsight_transcoders.hub.remote_file import open_remote
 from nnsight_transcoders.hub.single_tensors import SingleTensors
 from nnsight_transcoders.hub.snapshot import SHOWN, LocalSnapshot, Snapshot
-from nnsight_transcoders.hub.tensors import TensorInfo, read_header
-
-LIBRARY = "nnsight-transcoders"
+from nnsight_transcoders.hub.tensors import TensorInfo
 
 
 class HubSnapshot(Snapshot):
@@ -45,8 +43,7 @@ class HubSnapshot(Snapshot):
         local_files_only: bool = False,
     ) -> None:
         self._api, self.repo_id, self.commit, self.subfolder = api, repo_id, commit, subfolder
-        self._cache_dir, self._local_files_only = cache_dir, local_files_only
-        self.cache_dir = cache_dir
+        self.cache_dir, self._local_files_only = cache_dir, local_files_only
         self._single: dict[str, SingleTensors] = {}
         self.complete = complete
         self._prefix = f"{subfolder}/" if subfolder else ""
@@ -69,7 +66,7 @@ class HubSnapshot(Snapshot):
                     self.repo_id,
                     self._prefix + name,
                     revision=self.commit,
-                    cache_dir=self._cache_dir,
+                    cache_dir=self.cache_dir,
                     local_files_only=self._local_files_only,
                 )
             )
@@ -83,7 +80,7 @@ class HubSnapshot(Snapshot):
     def _is_here(self, name: str) -> bool:
         """Whether a file is in the cache, or can only be there."""
         cached = try_to_load_from_cache(
-            self.repo_id, self._prefix + name, cache_dir=self._cache_dir, revision=self.commit
+            self.repo_id, self._prefix + name, cache_dir=self.cache_dir, revision=self.commit
         )
         return isinstance(cached, str) or self._local_files_only or constants.is_offline_mode()
 
@@ -102,7 +99,7 @@ class HubSnapshot(Snapshot):
     def header(self, name: str) -> dict[str, TensorInfo]:
         self.require(name)
         if self._is_here(name):
-            return read_header(self.path(name))
+            return super().header(name)
         with hub_errors(self.repo_id):
             remote = self._api.parse_safetensors_file_metadata(
                 self.repo_id, self._prefix + name, revision=self.commit

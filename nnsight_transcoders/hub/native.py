@@ -26,7 +26,7 @@ from nnsight_transcoders.hub.snapshot import LocalSnapshot, Snapshot
 from nnsight_transcoders.hub.source import LayerPlan, TensorRef, TensorSource
 from nnsight_transcoders.hub.staging import canonical_tensors, staged, write_json, write_tensors
 from nnsight_transcoders.sets import TranscoderSet
-from nnsight_transcoders.transcoder import CrossLayerPart, TranscoderConfig
+from nnsight_transcoders.transcoder import CrossLayerPart, TranscoderConfig, dtype_name
 
 NAME = "nnsight-transcoders"
 VERSION = 1
@@ -202,7 +202,7 @@ def _write_layer(transcoders: TranscoderSet, layer: int, stage: Path) -> Transco
     """Write one layer and let go of it; returns the config of what was really written."""
     module = transcoders.load(layer)
     config = module.config.replace(
-        dtype=str(module.W_enc.dtype).removeprefix("torch."),
+        dtype=dtype_name(module.W_enc.dtype),
         cross_layer=isinstance(module, CrossLayerPart),
     )
     metadata = {"library": NAME, "format_version": str(VERSION), "layer": str(layer)}

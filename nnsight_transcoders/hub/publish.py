@@ -12,9 +12,9 @@ from huggingface_hub.errors import RemoteEntryNotFoundError
 
 from nnsight_transcoders._version import __version__
 from nnsight_transcoders.errors import InputError
+from nnsight_transcoders.hub.assets import LIBRARY
 from nnsight_transcoders.hub.card import MARKER
 from nnsight_transcoders.hub.hub_errors import hub_errors
-from nnsight_transcoders.hub.hub_snapshot import LIBRARY
 from nnsight_transcoders.hub.native import save_set
 from nnsight_transcoders.sets import TranscoderSet
 

@@ -11,7 +11,7 @@ from nnsight_transcoders.errors import ConfigError
 from nnsight_transcoders.hub.hooks import hook_names
 from nnsight_transcoders.hub.staging import canonical_tensors, staged, write_json, write_tensors
 from nnsight_transcoders.sets import TranscoderSet
-from nnsight_transcoders.transcoder import TranscoderConfig
+from nnsight_transcoders.transcoder import TranscoderConfig, dtype_name
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 #: The version of SAELens whose layout this is. Without one, SAELens takes the file for an older
@@ -88,7 +88,7 @@ def _layer(transcoders: TranscoderSet, layer: int) -> tuple[dict[str, Any], dict
         "d_in": config.d_in,
         "d_sae": config.d_transcoder,
         "d_out": config.d_out,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
         "device": "cpu",
         "apply_b_dec_to_input": False,
         "normalize_activations": "none",

@@ -54,9 +54,9 @@ class Snapshot(ABC):
             CheckpointError: No such file, a name or link that leads out, or the Hub refuses.
         """
 
-    @abstractmethod
     def header(self, name: str) -> dict[str, TensorInfo]:
         """The tensors of a safetensors file; a file that is not here yet is not downloaded."""
+        return read_header(self.path(name))
 
     def tensor(self, name: str, key: str) -> Tensor:
         """One tensor of a safetensors file; of a file that is not here yet, nothing else is
@@ -154,9 +154,6 @@ class LocalSnapshot(Snapshot):
                 "file into the folder if you trust it"
             )
         return path
-
-    def header(self, name: str) -> dict[str, TensorInfo]:
-        return read_header(self.path(name))
 
 
 def _allowed_roots(folder: Path) -> tuple[Path, ...]:

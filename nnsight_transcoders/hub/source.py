@@ -19,7 +19,7 @@ from nnsight_transcoders.errors import CheckpointError
 from nnsight_transcoders.hub.snapshot import Snapshot
 from nnsight_transcoders.hub.tensors import FLOAT_DTYPES, TensorInfo, open_tensors, read_rows
 from nnsight_transcoders.layer_sources import Rows
-from nnsight_transcoders.transcoder import CrossLayerPart, Transcoder, TranscoderConfig
+from nnsight_transcoders.transcoder import CrossLayerPart, Transcoder, TranscoderConfig, dtype_name
 
 
 @dataclass(frozen=True)
@@ -97,10 +97,10 @@ class TensorSource:
         plan = self._plans[layer]
         name = "W_enc" if which == "encoder" else "W_dec"
         ref = plan.tensors[name]
-        path, _ = self._checked(plan, name)
+        path, info = self._checked(plan, name)
         rows = read_rows(path, ref.key, indices, transposed=ref.transposed)
         rows = rows[:, ref.zeros :].contiguous() if ref.zeros else rows
-        _, encoder = self._checked(plan, "W_enc")
+        encoder = info if name == "W_enc" else self._checked(plan, "W_enc")[1]
         return rows.to(FLOAT_DTYPES[encoder.dtype])
 
     def _checked(self, plan: LayerPlan, name: str) -> tuple[Path, TensorInfo]:
@@ -139,7 +139,7 @@ def build_module(
     threshold keeps its own (it is only compared with).
     """
     dtype = tensors["W_enc"].dtype
-    config = config.replace(dtype=str(dtype).removeprefix("torch."))
+    config = config.replace(dtype=dtype_name(dtype))
     threshold = tensors.get("threshold")
     with torch.device("meta"):
         if targets is None:

@@ -21,21 +21,23 @@ import torch
 
 from nnsight_transcoders.circuits.assemble import assemble
 from nnsight_transcoders.circuits.candidates import Candidates
-from nnsight_transcoders.circuits.collect import Run, check_patterns, run_parts, token_texts
+from nnsight_transcoders.circuits.collect import Run, run_parts, token_texts
 from nnsight_transcoders.circuits.edge_table import EdgeTable, edge_table
 from nnsight_transcoders.circuits.engine import OperatorEngine
 from nnsight_transcoders.circuits.expand import expand
 from nnsight_transcoders.circuits.freeze import attribution_dtype
 from nnsight_transcoders.circuits.graph import AttributionGraph
-from nnsight_transcoders.circuits.provenance import dtype_name, provenance
-from nnsight_transcoders.errors import RemoteError, SiteError
+from nnsight_transcoders.circuits.provenance import provenance
+from nnsight_transcoders.circuits.remote_run import received_run
+from nnsight_transcoders.errors import RemoteError
+from nnsight_transcoders.transcoder import dtype_name
 
 from .calls import Step
 from .edge_job import graph_edges
 from .edges import ChunkedEdges, RemoteEdges, whole_edges
 from .graph_jobs import GraphJobs, Part
 from .keeping import Kept
-from .packing import read_packed, unpack_run
+from .packing import read_packed
 from .payload import (
     ModelShape,
     Payload,
@@ -219,21 +221,11 @@ class RemoteGraph:
         Raises:
             SiteError: It lacks what a graph needs.
         """
-        if self.run is not None:
-            return self.run
-        packed = self.kept.packed
-        assert packed is not None
-        if "without_pattern" in packed:
-            path = self._task.sites.layers[packed["without_pattern"]].attention
-            raise SiteError(
-                f"the server's {path} handed out no attention pattern: this server does not run "
-                "attention in its eager form when a request asks for it (nnsight 0.8 does), or "
-                "this attention has no pattern. The model cannot be traced there"
-            )
-        run = Run(token_ids=torch.tensor(self._task.request.token_ids), **unpack_run(packed))
-        check_patterns(run, self._task.sites)
-        self.run = run
-        return run
+        if self.run is None:
+            packed, ids = self.kept.packed, torch.tensor(self._task.request.token_ids)
+            assert packed is not None
+            self.run = received_run(packed, ids, self._task.sites)
+        return self.run
 
     def _prepare(self) -> Prepared:
         if self._prepared is None:

@@ -218,10 +218,8 @@ def code_bytes(entry: str) -> int:
     """The compressed size of the code that a request ships.
 
     Args:
-        entry: ``"module:function"`` of what it runs; empty for a block that ships none.
+        entry: ``"module:function"`` of what it runs.
     """
-    if not entry:
-        return 0
     module, _, name = entry.partition(":")
     sources = shipped_sources(getattr(importlib.import_module(module), name))
     return len(zstandard.ZstdCompressor(level=6).compress("".join(sources.values()).encode()))

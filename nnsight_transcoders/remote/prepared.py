@@ -95,10 +95,7 @@ def prepare(task: GraphTask, run: Run, probed: list[Any]) -> Prepared:
     """
     sites = task.sites
     paths = [norm["path"] for norm in norm_requests(task.module, sites)]
-    checkpoint, where = None, None
-    if task.weights != "server":
-        given = None if task.weights == "auto" else task.weights
-        checkpoint, where = projections(task.model, task.module, given)
+    checkpoint, where = projections(task.model, task.module, task.weights)
     weights = RemoteWeights(task.module, dict(zip(paths, probed, strict=True)), checkpoint)
     norms = freeze_norms(weights, sites, run)
     check_residual(sites, run, norms)

@@ -20,6 +20,7 @@ from nnsight_transcoders.circuits.linear import FrozenNorm
 from nnsight_transcoders.circuits.targets import TargetSpec
 from nnsight_transcoders.norms import TOLERANCE
 from nnsight_transcoders.sites import Sites
+from nnsight_transcoders.transcoder import dtype_name
 
 from .payload import tensor_bytes
 
@@ -55,13 +56,12 @@ class EdgeProblem:
             targets: ``(n,)`` numbers of features, increasing; None for the logits.
             others: Whether errors and tokens are sources as well; else their columns are zero.
         """
-        error = torch.stack(self.active.error)
         wanted = None if targets is None else self._select(targets, "decoder")
         return {
             **self.context,
             "sources": self._select(sources, "encoder"),
             "targets": wanted,
-            "error": narrow(error) if others else None,
+            "error": narrow(torch.stack(self.active.error)) if others else None,
             "embedding": narrow(self.embedding if others else torch.zeros_like(self.embedding)),
         }
 
@@ -130,7 +130,7 @@ def edge_problem(
         "out_width": sites.n_heads * sites.head_dim,
         "n_positions": run.n_positions,
         "position": position,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
         "limit": TOLERANCE[run.final.dtype],
         "norms": {path: packed_norm(norm) for path, norm in norms.items()},
         "layers": [

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nnsight_transcoders.circuits.collect import token_ids_of
+from nnsight_transcoders.circuits.collect import position_in, token_ids_of
 from nnsight_transcoders.circuits.edges import MEMORY_BUDGET
 from nnsight_transcoders.circuits.targets import Target, check_targets
 from nnsight_transcoders.errors import InputError, PayloadTooLargeError
@@ -90,13 +90,12 @@ def submit_graph(
     sites = sites or resolve_sites(module)
     transcoders.check_model(sites.d_model, sites.n_layers, type(module).__name__)
     token_ids = token_ids_of(model, prompt, sites)
-    if not -len(token_ids) <= position < len(token_ids):
-        raise InputError(f"position {position} is outside the prompt of {len(token_ids)} tokens")
+    position = position_in(position, len(token_ids))
     check_targets(model, sites, targets, max_n_logits, desired_logit_prob)
     request = GraphRequest(
         token_ids=tuple(token_ids.tolist()),
         targets=targets,
-        position=position % len(token_ids),
+        position=position,
         max_n_logits=max_n_logits,
         desired_logit_prob=desired_logit_prob,
         max_feature_nodes=max_feature_nodes,

@@ -15,7 +15,7 @@ from nnsight_transcoders.errors import CheckpointError, SiteError
 from nnsight_transcoders.hub.hub_snapshot import open_snapshot
 from nnsight_transcoders.hub.snapshot import Snapshot
 from nnsight_transcoders.models import has_weights
-from nnsight_transcoders.norms import TOLERANCE, NormSpec
+from nnsight_transcoders.norms import TOLERANCE, NormSpec, spec_of_probe
 from nnsight_transcoders.sites import Sites
 
 logger = logging.getLogger(__name__)
@@ -70,14 +70,8 @@ class RemoteWeights:
         Raises:
             SiteError: It is neither a LayerNorm nor an RMSNorm.
         """
-        found = self._norms[path]
-        if not found["difference"] <= TOLERANCE[x.dtype]:
-            kind = type(self._module.get_submodule(path)).__name__
-            raise SiteError(
-                f"{path} ({kind}) is neither a LayerNorm nor an RMSNorm: the nearest such norm "
-                f"differs by {found['difference']:.1e} (relative)"
-            )
-        return NormSpec(found["gain"], found["bias"], found["eps"], found["centred"])
+        kind = type(self._module.get_submodule(path)).__name__
+        return spec_of_probe(f"{path} ({kind})", self._norms[path], TOLERANCE[x.dtype])
 
     def linear(self, path: str, width: int, dtype: torch.dtype) -> Linear:
         """See ``ModelWeights.linear``; stored weights need not be told their width."""
@@ -183,10 +177,19 @@ def projections(
 ) -> tuple[Checkpoint | None, str | None]:
     """Where the client can read a remote model's projections.
 
+    Args:
+        model: The nnsight model.
+        module: Its module tree.
+        weights: A folder or Hub repository; ``"auto"`` or None for the module or the folder that
+            the model was made from; ``"server"`` for nowhere.
+
     Returns:
         The checkpoint to read them from (None where the module holds them), and where that is in
         words; ``(None, None)`` if the client cannot read them.
     """
+    if weights == "server":
+        return None, None
+    weights = None if weights == "auto" else weights
     if weights is None and has_weights(module):
         return None, "the model's own module"
     checkpoint = Checkpoint.of(model, weights)

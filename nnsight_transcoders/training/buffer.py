@@ -201,7 +201,7 @@ class ActivationCache:
     """
 
     def __init__(self, folder: Path, fingerprint: str) -> None:
-        self._folder, self._fingerprint = folder / fingerprint, fingerprint
+        self._folder = folder / fingerprint
 
     def _path(self, number: int) -> Path:
         return self._folder / f"buffer_{number:06d}.safetensors"

@@ -146,7 +146,7 @@ class CheckpointFolder:
             if other < step:
                 shutil.rmtree(self._folder / f"step_{other:08d}", ignore_errors=True)
 
-    def load(self, folder: Path, device: torch.device) -> Checkpoint:
+    def load(self, folder: Path) -> Checkpoint:
         """This process' part of a checkpoint.
 
         Raises:
@@ -155,7 +155,7 @@ class CheckpointFolder:
         rank = self._processes.rank
         try:
             data = json.loads((folder / f"rank_{rank}.json").read_text(encoding="utf-8"))
-            with safe_open(folder / f"rank_{rank}.safetensors", "pt", device=str(device)) as file:
+            with safe_open(folder / f"rank_{rank}.safetensors", "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, ValueError, SafetensorError) as error:
             raise CheckpointError(

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from nnsight_transcoders.transcoder import CrossLayerPart, Transcoder, TranscoderConfig
+from nnsight_transcoders.transcoder import CrossLayerPart, Transcoder, TranscoderConfig, dtype_name
 
 from .config import TrainConfig
 
@@ -148,7 +148,7 @@ def imported(part: Part, units: Units) -> Part:
 
 
 def _with_weights(part: Part, weights: Mapping[str, Tensor], dtype: torch.dtype) -> Part:
-    config = part.config.replace(dtype=str(dtype).removeprefix("torch."))
+    config = part.config.replace(dtype=dtype_name(dtype))
     threshold = weights.get("activation.threshold")
     with torch.device("meta"):
         if isinstance(part, CrossLayerPart):

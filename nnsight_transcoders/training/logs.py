@@ -39,7 +39,7 @@ class Log:
         verbose: bool,
         services: bool = True,
     ) -> None:
-        self._config, self._file = config, None if out is None else out / FILE
+        self._file = None if out is None else out / FILE
         names = config.log_to if services else ()
         self._services = [_service(name, config, out, step) for name in names]
         self._bar = tqdm(
@@ -129,7 +129,7 @@ class _Tracker:
         except ImportError as error:
             raise ConfigError(_missing(name)) from error
         self._module = module
-        project = f"{out.parent.name or 'transcoders'}" if out is not None else "transcoders"
+        project = "transcoders" if out is None else out.parent.name or "transcoders"
         run = None if out is None else out.name
         resume: dict[str, str] = {"resume": "allow" if step and out is not None else "never"}
         if name == "wandb" and out is not None:  # which knows runs by an id, not by their name

@@ -104,7 +104,7 @@ class _Trainer:
         checkpoint = None
         if found is not None:
             assert self._folder is not None
-            checkpoint = self._folder.load(found, torch.device("cpu"))
+            checkpoint = self._folder.load(found)
         steps = self._steps(checkpoint, start)
         done = 0
         if checkpoint is not None:
@@ -126,9 +126,9 @@ class _Trainer:
             parts = self._empty()
         else:
             sample = buffer.peek()
-            units = self._run.processes.gather([measure_units(sample)])[0]
-            if self._config.parallel == "layers":
-                units = measure_units(sample)
+            units = measure_units(sample)
+            if self._config.parallel != "layers":
+                units = self._run.processes.gather([units])[0]
             parts = self._started(sample, units) if start is None else _imported(start, units)
         learners = self._learners(parts, units)
         if checkpoint is not None:
