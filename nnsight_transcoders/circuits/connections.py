@@ -205,6 +205,7 @@ def strongest_connections(
             for chunk in _chunks(transcoders, source, "decoder")
         ]
         if target != read_of:
+            read = torch.empty(0)  # the last target's goes before the next one's comes
             chunks = (
                 invariant.read(transcoders, target, chunk)
                 for chunk in _chunks(transcoders, target, "encoder")
